@@ -11,7 +11,7 @@ STANDALONE = {"tasks", "data"}
 
 
 def part_of(module: str) -> str | None:
-    """The part of the library that ``m2rnn.<part>.…`` belongs to; None for other packages and for m2rnn itself."""
+    """The part of the library a module belongs to; None for other packages and for ``m2rnn`` itself."""
     names = module.split(".")
     return names[1] if names[0] == "m2rnn" and len(names) > 1 else None
 
