@@ -1,0 +1,15 @@
+"""Mixers and feed-forward layers, each usable on its own.
+
+Every mixer is a module with one contract, ``forward(hidden, state, packing) -> (hidden, state)``: tokens
+``[B, T, hidden_size]``, or several sequences packed in one row; its state is a named tuple of batch-first tensors.
+"""
+
+from m2rnn.layers.attention import Attention
+from m2rnn.layers.decay_gate import DecayGate
+from m2rnn.layers.gru import GRU
+from m2rnn.layers.m2rnn import M2RNN, M2RNNState
+from m2rnn.layers.mlp import SwiGLU
+from m2rnn.layers.packing import Packing
+from m2rnn.layers.short_conv import ShortConv
+
+__all__ = ["GRU", "M2RNN", "Attention", "DecayGate", "M2RNNState", "Packing", "ShortConv", "SwiGLU"]

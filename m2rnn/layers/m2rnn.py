@@ -1,0 +1,211 @@
+"""The M2RNN mixer: projections, short convolution and forget gate around the matrix-state recurrence."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m2rnn.layers.decay_gate import DecayGate
+from m2rnn.layers.initialize import initialize
+from m2rnn.layers.packing import Packing
+from m2rnn.layers.short_conv import ShortConv, check_activation
+from m2rnn.ops import m2rnn_scan, m2rnn_step
+
+
+class M2RNNState(NamedTuple):
+    """What an ``M2RNN`` layer remembers of each sequence.
+
+    Attributes:
+        recurrent: the matrix states ``[B, H, K, V]``, float32 (float64 for float64 inputs).
+        conv: the last inputs of the convolution ``[B, conv_size - 1, channels]``, or None without one.
+    """
+
+    recurrent: Tensor
+    conv: Tensor | None
+
+
+class M2RNN(nn.Module):
+    """A recurrent mixer whose state is a matrix per head and whose update is non-linear.
+
+    Each token x_t is projected to q, k, v, a forget logit and a gate g; then, per head,
+
+        q, k, v = silu(conv(q, k, v))                     depthwise, causal
+        f_t = exp(-exp(A_log) · softplus(logit + dt_bias))
+        Z_t = tanh(H_{t-1} W + k_t v_tᵀ)
+        H_t = f_t H_{t-1} + (1 - f_t) Z_t
+        y_t = H_tᵀ q_t + D ⊙ v_t
+
+    and the output is ``out_proj(norm(y ⊙ silu(g)))``, with one RMSNorm over all heads. q, k, v, f, W and g may have
+    fewer heads than N, the largest of the first five counts; each count divides N and is shared by repetition. The
+    defaults are the language-model layer; state tracking wants other options (see ``presets.state_tracking``).
+
+    Args:
+        hidden_size: width of the input and the output.
+        num_heads: heads of v, f, W and g unless given one by one; default ``hidden_size // value_dim``, at least 1.
+        key_dim, value_dim: K and V, the rows and columns of the state.
+        num_q_heads, num_k_heads: default 1.
+        num_v_heads, num_f_heads, num_weight_heads, num_g_heads: default ``num_heads``.
+        conv_size: width of the convolution over q, k and v; None for none.
+        activation: ``"silu"`` or None, on q, k and v, with or without a convolution.
+        norm: RMSNorm before the output projection.
+        norm_eps: its epsilon.
+        residual: the term D ⊙ v.
+        gate: the output gate silu(g).
+        weight_init: W starts as ``"identity"``, or ``"normal"``: N(0, 1/V).
+        A_range, dt_range, dt_floor: initial range of the forget gate, see ``DecayGate``.
+        state_clip: bound on each component of the gradient that reaches a state from later tokens; None for none.
+        backend: of the recurrence, see ``m2rnn.ops.m2rnn_scan``; None chooses.
+
+    Raises:
+        ValueError: for a size that is not positive, or a head count that does not divide the number of heads.
+
+    Source: M²RNN (arXiv 2603.14360), sections 3 and 4.
+    """
+
+    _no_weight_decay = ("D",)
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int | None = None,
+        key_dim: int = 64,
+        value_dim: int = 16,
+        *,
+        num_q_heads: int = 1,
+        num_k_heads: int = 1,
+        num_v_heads: int | None = None,
+        num_f_heads: int | None = None,
+        num_weight_heads: int | None = None,
+        num_g_heads: int | None = None,
+        conv_size: int | None = 4,
+        activation: str | None = "silu",
+        norm: bool = True,
+        norm_eps: float = 1e-5,
+        residual: bool = True,
+        gate: bool = True,
+        weight_init: str = "identity",
+        A_range: tuple[float, float] = (0.0, 16.0),
+        dt_range: tuple[float, float] = (1e-3, 0.1),
+        dt_floor: float = 1e-4,
+        state_clip: float | None = 1.0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"hidden_size": hidden_size, "key_dim": key_dim, "value_dim": value_dim}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if num_heads is None:
+            num_heads = max(1, hidden_size // value_dim)
+        counts = {
+            "num_q_heads": num_q_heads,
+            "num_k_heads": num_k_heads,
+            "num_v_heads": num_heads if num_v_heads is None else num_v_heads,
+            "num_f_heads": num_heads if num_f_heads is None else num_f_heads,
+            "num_weight_heads": num_heads if num_weight_heads is None else num_weight_heads,
+        }
+        self.num_heads = max(counts.values())
+        counts["num_g_heads"] = num_heads if num_g_heads is None else num_g_heads
+        for name, count in counts.items():
+            if count < 1 or self.num_heads % count:
+                raise ValueError(f"{name} must divide the number of heads ({self.num_heads}), got {count}")
+        if weight_init not in ("identity", "normal"):
+            raise ValueError(f"weight_init must be 'identity' or 'normal', got {weight_init!r}")
+        check_activation(activation)
+
+        self.hidden_size, self.key_dim, self.value_dim = hidden_size, key_dim, value_dim
+        self.num_q_heads, self.num_k_heads, self.num_v_heads = num_q_heads, num_k_heads, counts["num_v_heads"]
+        self.activation, self.weight_init = activation, weight_init
+        self.state_clip, self.backend = state_clip, backend
+        channels = num_q_heads * key_dim, num_k_heads * key_dim, self.num_v_heads * value_dim
+        self.qkv_sizes = channels
+        self.proj_sizes = (
+            sum(channels),
+            counts["num_f_heads"],
+            counts["num_g_heads"] * value_dim if gate else 0,
+        )
+
+        self.in_proj = nn.Linear(hidden_size, sum(self.proj_sizes), bias=False)
+        self.conv = ShortConv(sum(channels), conv_size, activation) if conv_size is not None else None
+        self.decay_gate = DecayGate(counts["num_f_heads"], A_range, dt_range, dt_floor)
+        self.state_weight = nn.Parameter(torch.empty(counts["num_weight_heads"], value_dim, value_dim))
+        self.D = nn.Parameter(torch.empty(self.num_heads, value_dim)) if residual else None
+        self.norm = nn.RMSNorm(self.num_heads * value_dim, eps=norm_eps) if norm else None
+        self.out_proj = nn.Linear(self.num_heads * value_dim, hidden_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise W and D; the projections keep torch's default until a model initialises them."""
+        if self.weight_init == "identity":
+            eye = torch.eye(self.value_dim)
+            initialize(self.state_weight, lambda weight: weight.copy_(eye.to(weight.device)))
+        else:
+            initialize(self.state_weight, lambda weight: weight.normal_(0, self.value_dim**-0.5))
+        if self.D is not None:
+            initialize(self.D, lambda D: D.fill_(1))
+
+    def forward(
+        self,
+        hidden: Tensor,
+        state: M2RNNState | None = None,
+        packing: Packing | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        output_state: bool = True,
+    ) -> tuple[Tensor, M2RNNState | None]:
+        """Mix along time.
+
+        Args:
+            hidden: ``[B, T, hidden_size]``, or ``[1, total, hidden_size]`` with ``packing``.
+            state: of the tokens before these (of each packed sequence); None starts from zero.
+            packing: the sequences in ``hidden``.
+            position_ids: not used, the recurrence needs no positions.
+            output_state: False saves the work and returns None as the state.
+
+        Returns:
+            The output, of the shape and dtype of ``hidden``, and the state after the last token of each sequence.
+        """
+        qkv, logits, g = self.in_proj(hidden).split(self.proj_sizes, -1)
+        conv_state = None
+        if self.conv is not None:
+            qkv, conv_state = self.conv(qkv, None if state is None else state.conv, packing)
+        elif self.activation == "silu":
+            qkv = F.silu(qkv)
+        q, k, v = qkv.split(self.qkv_sizes, -1)
+        q = q.unflatten(-1, (self.num_q_heads, self.key_dim))
+        k = k.unflatten(-1, (self.num_k_heads, self.key_dim))
+        v = v.unflatten(-1, (self.num_v_heads, self.value_dim))
+        f = self.decay_gate(logits)
+
+        recurrent = None if state is None else state.recurrent
+        if recurrent is not None and packing is None and hidden.shape[1] == 1 and not torch.is_grad_enabled():
+            y, recurrent = m2rnn_step(q[:, 0], k[:, 0], v[:, 0], f[:, 0], self.state_weight, recurrent)
+            y = y[:, None]
+        else:
+            y, recurrent = m2rnn_scan(
+                q,
+                k,
+                v,
+                f,
+                self.state_weight,
+                initial_state=recurrent,
+                output_final_state=output_state,
+                cu_seqlens=None if packing is None else packing.cu_seqlens,
+                state_clip=self.state_clip,
+                backend=self.backend,
+            )
+        if self.D is not None:
+            shared = y.unflatten(-2, (self.num_v_heads, -1))
+            D = self.D.to(y.dtype).unflatten(0, (self.num_v_heads, -1))
+            y = (shared + D * v[..., None, :]).flatten(-3, -2)
+        if self.proj_sizes[2]:
+            g = F.silu(g).unflatten(-1, (-1, 1, self.value_dim))
+            y = (y.unflatten(-2, (g.shape[-3], -1)) * g).flatten(-3, -2)
+        y = y.flatten(-2)
+        if self.norm is not None:
+            y = self.norm(y)
+        return self.out_proj(y), M2RNNState(recurrent, conv_state) if output_state else None
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, key_dim={self.key_dim}, value_dim={self.value_dim}"

@@ -1,0 +1,80 @@
+"""Where the tokens of several sequences lie: side by side in one packed row, or in the rows of a grid."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Sequences laid end to end in one row ``[1, total, ...]``, and their places in a grid ``[rows, width, ...]``.
+
+    Every mixer takes packed tokens and this description of them. It is built once a forward pass, from a padding mask
+    (``from_mask``: the grid is the padded batch, holes anywhere) or from the boundaries (``from_cu_seqlens``: the grid
+    holds one sequence a row, padded on the right to the longest).
+
+    Attributes:
+        cu_seqlens: int32 ``[N + 1]``, sequence n is tokens ``cu_seqlens[n]`` to ``cu_seqlens[n + 1] - 1``.
+        slots: int64 ``[total]``, place of each packed token in the flattened grid.
+        rows, width: size of the grid; ``rows`` is the number of sequences N, empty ones included.
+        right_padded: whether every sequence starts at column 0 of its row, without holes.
+    """
+
+    cu_seqlens: Tensor
+    slots: Tensor
+    rows: int
+    width: int
+    right_padded: bool
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> "Packing":
+        """From a padding mask ``[B, T]``, non-zero at real tokens; row b is sequence b, whatever the pattern."""
+        if mask.dim() != 2:
+            raise ValueError(f"mask must be a [batch, time] padding mask, got shape {tuple(mask.shape)}")
+        real = mask != 0
+        cu_seqlens = torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0)).int()
+        return cls(cu_seqlens, real.flatten().nonzero().squeeze(1), *mask.shape, right_padded=False)
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, total: int) -> "Packing":
+        """From the boundaries of the sequences in a row of ``total`` tokens."""
+        if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"cu_seqlens must be a vector of int32 or int64, got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+            )
+        bounds = cu_seqlens.tolist()
+        lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+        if not bounds or bounds[0] != 0 or bounds[-1] != total or min(lengths, default=0) < 0:
+            raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens ({total}), got {bounds}")
+        width = max(lengths, default=0)
+        rows = torch.arange(len(lengths), device=cu_seqlens.device)
+        row = rows.repeat_interleave(cu_seqlens.diff(), output_size=total)
+        column = torch.arange(total, device=cu_seqlens.device) - cu_seqlens[row]
+        return cls(cu_seqlens.int(), row * width + column, len(lengths), width, right_padded=True)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Number of tokens of each sequence, int32 ``[N]``."""
+        return self.cu_seqlens.diff()
+
+    @cached_property
+    def sequence_ids(self) -> Tensor:
+        """Sequence of each packed token, int64 ``[total]``."""
+        rows = torch.arange(self.rows, device=self.slots.device)
+        return rows.repeat_interleave(self.lengths, output_size=self.slots.shape[0])
+
+    @cached_property
+    def aligned(self) -> "Packing":
+        """The same sequences with a right-padded grid: there, causality alone hides the padding."""
+        return self if self.right_padded else Packing.from_cu_seqlens(self.cu_seqlens, self.slots.shape[0])
+
+    def pack(self, grid: Tensor) -> Tensor:
+        """``[rows, width, ...]`` to ``[1, total, ...]``: the real tokens alone."""
+        return grid.flatten(0, 1).index_select(0, self.slots)[None]
+
+    def pad(self, packed: Tensor, value: float = 0) -> Tensor:
+        """``[1, total, ...]`` to ``[rows, width, ...]``, with ``value`` in the padding."""
+        grid = packed.new_full((self.rows * self.width, *packed.shape[2:]), value)
+        return grid.index_copy(0, self.slots, packed[0]).unflatten(0, (self.rows, self.width))

@@ -1,0 +1,78 @@
+"""Depthwise causal convolution over time with a state, for dense and packed sequences."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m2rnn.layers.initialize import initialize
+from m2rnn.layers.packing import Packing
+
+
+class ShortConv(nn.Module):
+    """``y_t = activation(Σ_i weight[:, 0, i] ⊙ x_{t - width + 1 + i})``, each channel on its own.
+
+    The state holds the last ``width - 1`` inputs of each sequence, zeros before its first token, so that any split of a
+    sequence into calls gives the same outputs. Initialised uniformly in ±1/√width.
+
+    Args:
+        channels: number of channels C.
+        width: number of taps, at least 1.
+        activation: ``"silu"`` or None.
+    """
+
+    def __init__(self, channels: int, width: int = 4, activation: str | None = "silu") -> None:
+        super().__init__()
+        if width < 1:
+            raise ValueError(f"width must be at least 1, got {width}")
+        check_activation(activation)
+        self.width = width
+        self.activation = activation
+        self.weight = nn.Parameter(torch.empty(channels, 1, width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = self.width**-0.5
+        initialize(self.weight, lambda weight: weight.uniform_(-bound, bound))
+
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, packing: Packing | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``x`` [B, T, C] and ``state`` [B, width-1, C] to the output and the new state, same shapes and dtype as x.
+
+        With ``packing``, x is ``[1, total, C]`` and the states are those of its N sequences.
+        """
+        past = self.width - 1
+        if packing is None:
+            if state is None:
+                state = x.new_zeros(x.shape[0], past, x.shape[2])
+            extended = torch.cat([state.to(x.dtype), x], 1)
+            y = self._convolve(extended)
+            final_state = extended[:, extended.shape[1] - past :]
+        else:
+            # In the extended row each sequence follows its own `past` inputs, so no output sees a neighbour.
+            shift = packing.sequence_ids * past
+            index = torch.arange(x.shape[1], device=x.device) + shift
+            starts = packing.cu_seqlens[:-1] + torch.arange(packing.rows, device=x.device) * past
+            window = torch.arange(past, device=x.device)
+            extended_row = x.new_zeros(x.shape[1] + packing.rows * past, x.shape[2])
+            extended_row = extended_row.index_copy(0, index + past, x[0])
+            if state is not None:
+                rows = (starts[:, None] + window).flatten()
+                extended_row = extended_row.index_copy(0, rows, state.to(x.dtype).flatten(0, 1))
+            y = self._convolve(extended_row[None]).index_select(1, index)
+            final_state = extended_row[(starts + packing.lengths)[:, None] + window]
+        return F.silu(y) if self.activation == "silu" else y, final_state
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        if x.shape[1] < self.width or not x.shape[0]:  # no token: conv1d refuses
+            return x[:, : max(0, x.shape[1] - self.width + 1)]
+        return F.conv1d(x.transpose(1, 2), self.weight, groups=x.shape[2]).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, width={self.width}, activation={self.activation!r}"
+
+
+def check_activation(activation: str | None) -> None:
+    """Raise a ValueError unless ``activation`` is one that the layers offer."""
+    if activation not in (None, "silu"):
+        raise ValueError(f"activation must be 'silu' or None, got {activation!r}")

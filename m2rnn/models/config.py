@@ -1,0 +1,84 @@
+"""The configuration of a model: which mixer and which MLP each layer has, and their options."""
+
+import inspect
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import PreTrainedConfig
+
+from m2rnn.layers import GRU, M2RNN, Attention, SwiGLU
+
+MIXERS: dict[str, type[nn.Module]] = {"m2rnn": M2RNN, "attention": Attention, "gru": GRU}
+MLPS: dict[str, type[nn.Module] | None] = {"swiglu": SwiGLU, "none": None}
+
+
+@strict
+class M2RNNConfig(PreTrainedConfig):
+    r"""A stack of layers, each ``x + mixer(norm(x))`` and then ``x + mlp(norm(x))``.
+
+    Args:
+        vocab_size: number of token ids.
+        hidden_size: width of the residual stream.
+        mixers: one name per layer: ``"m2rnn"``, ``"attention"`` or ``"gru"``.
+        mlps: one name per layer, ``"swiglu"`` or ``"none"``; default ``"swiglu"`` everywhere.
+        mixer_options: for a mixer's name, the arguments of its class besides ``hidden_size``, e.g.
+            ``{"m2rnn": {"num_heads": 84}, "attention": {"num_heads": 16, "rope_theta": 10000.0}}``.
+        mlp_options: likewise, e.g. ``{"swiglu": {"intermediate_size": 2752}}``.
+        rms_norm_eps: epsilon of the blocks' and the final RMSNorm.
+        initializer_range: standard deviation of the embedding and of linear layers at the start; output projections
+            take it divided by √(2 · layers).
+        tie_word_embeddings: one matrix for embedding and head.
+        use_cache: whether the model returns its states by default when not training.
+
+    Raises:
+        ValueError: for an unknown name or option, naming it and the known ones.
+    """
+
+    model_type = "m2rnn"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 256
+    mixers: list[str] | tuple[str, ...] = ("m2rnn",) * 4
+    mlps: list[str] | tuple[str, ...] | None = None
+    mixer_options: dict[str, dict[str, Any]] | None = None
+    mlp_options: dict[str, dict[str, Any]] | None = None
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.mixers = list(self.mixers)
+        self.mlps = ["swiglu"] * len(self.mixers) if self.mlps is None else list(self.mlps)
+        self.mixer_options = self.mixer_options or {}
+        self.mlp_options = self.mlp_options or {}
+        if not self.mixers or len(self.mixers) != len(self.mlps):
+            raise ValueError(
+                f"mixers and mlps must name one layer each, got {len(self.mixers)} mixers and {len(self.mlps)} mlps"
+            )
+        _check_layers("mixer", self.mixers, self.mixer_options, MIXERS)
+        _check_layers("mlp", self.mlps, self.mlp_options, MLPS)
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of layers, which is the length of ``mixers``."""
+        return len(self.mixers)
+
+
+def _check_layers(
+    kind: str, names: list[str], options: dict[str, dict[str, Any]], classes: dict[str, Any]
+) -> None:
+    for name in [*names, *options]:
+        if name not in classes:
+            raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(classes)}")
+    for name, given in options.items():
+        known = [] if classes[name] is None else list(inspect.signature(classes[name]).parameters)[1:]
+        for option in given:
+            if option not in known:
+                raise ValueError(f"{kind} {name!r} has no option {option!r}; known: {', '.join(known)}")

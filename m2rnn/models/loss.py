@@ -1,0 +1,51 @@
+"""Cross-entropy of a language model without float32 logits for the whole batch."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+IGNORED = -100
+LOGITS_PER_CHUNK = 2**26  # 256 MiB of float32
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    labels: Tensor,
+    head: Callable[[Tensor], Tensor],
+    vocab_size: int,
+    num_items: int | Tensor | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """``-Σ log softmax(head(hidden))[label]`` over labels other than -100, divided by their number.
+
+    The logits are made, reduced and dropped ``chunk_size`` tokens at a time, and made again in the backward pass.
+
+    Args:
+        hidden: ``[..., D]``.
+        labels: int64 ``[...]``, the token that each position predicts.
+        head: from ``[n, D]`` to logits ``[n, vocab_size]``.
+        num_items: divisor instead of the number of labels, for gradient accumulation.
+        chunk_size: default ``LOGITS_PER_CHUNK / vocab_size``.
+
+    Returns:
+        A float32 number (float64 for float64 logits); NaN if there is no label and no ``num_items``.
+    """
+
+    def total(hidden: Tensor, labels: Tensor) -> Tensor:
+        logits = head(hidden)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+
+    hidden, labels = hidden.flatten(0, -2), labels.flatten()
+    chunk_size = max(1, LOGITS_PER_CHUNK // vocab_size) if chunk_size is None else chunk_size
+    if labels.shape[0] <= chunk_size:
+        loss = total(hidden, labels)
+    else:
+        chunks = zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True)
+        loss = torch.stack([checkpoint(total, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+    if num_items is None:
+        num_items = (labels != IGNORED).sum()
+    return loss / (num_items.to(loss.device) if isinstance(num_items, Tensor) else num_items)
