@@ -1,7 +1,8 @@
 """Mixers and feed-forward layers, each usable on its own.
 
 Every mixer is a module with one contract, ``forward(hidden, state, packing) -> (hidden, state)``: tokens
-``[B, T, hidden_size]``, or several sequences packed in one row; its state is a named tuple of batch-first tensors.
+``[B, T, hidden_size]``, or several sequences packed in one row; its state is a named tuple of batch-first
+tensors.
 """
 
 from m2rnn.layers.attention import Attention

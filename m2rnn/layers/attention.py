@@ -36,14 +36,14 @@ class AttentionState(NamedTuple):
 
 
 class Attention(nn.Module):
-    """``softmax(q kᵀ / √head_dim) v`` over each token and those before it, then the output projection; no biases.
+    """``softmax(q kᵀ / √head_dim) v`` over each token and those before it, then a projection; no biases.
 
     Args:
         hidden_size: width of the input and the output.
         num_heads: query heads.
         num_kv_heads: key and value heads, each shared by consecutive query heads; default ``num_heads``.
         head_dim: default ``hidden_size // num_heads``.
-        rope_theta: base of the rotary positions, on the two halves of each head; None for no positions at all.
+        rope_theta: base of the rotary positions, on the two halves of each head; None for no positions.
 
     Raises:
         ValueError: for head counts or dimensions that do not fit together.
@@ -86,10 +86,11 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, AttentionState | None]:
         """Mix along time; arguments and results as in ``M2RNN.forward``.
 
-        ``position_ids`` (``[B, T]`` or ``[1, T]``, packed like ``hidden``) only matter with ``rope_theta``; by default
-        they count the tokens of each sequence from 0.
+        ``position_ids`` (``[B, T]`` or ``[1, T]``, packed like ``hidden``) only matter with ``rope_theta``;
+        by default they count the tokens of each sequence from 0.
         """
-        heads = self.in_proj(hidden).unflatten(-1, (-1, self.head_dim))
+        heads = self.in_proj(hidden)
+        heads = heads.view(*hidden.shape[:2], self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         if packing is not None:  # right-padded rows: no token comes after the padding, so causality hides it
             packing = packing.aligned
             heads = packing.pad(heads)
@@ -151,7 +152,7 @@ def _valid(state: AttentionState | None, packing: Packing | None, new: Tensor) -
 
 
 def rotate(x: Tensor, position_ids: Tensor, theta: float) -> Tensor:
-    """Rotary positions: channel pair (i, i + D/2) of ``x`` [B, T, H, D] turns by ``position / theta^(2i/D)``."""
+    """Rotary positions: channels (i, i + D/2) of ``x`` [B, T, H, D] turn by ``position / theta^(2i/D)``."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     half = x.shape[-1] // 2
     frequency = theta ** (-torch.arange(half, device=x.device, dtype=dtype) / half)

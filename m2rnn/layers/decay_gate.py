@@ -15,9 +15,9 @@ SMALLEST_A = 1e-4  # keeps log(A) finite where the range starts at 0
 class DecayGate(nn.Module):
     """``f = exp(-exp(A_log) · softplus(logit + dt_bias))``, in (0, 1], one pair of parameters per head.
 
-    Computed in float32, or float64 for float64 logits. ``A_log`` and ``dt_bias`` are float32 from the start and stay so
-    under ``.to(torch.bfloat16)``: near f = 1 their rounding would decide how far the layer remembers. They take no
-    weight decay.
+    Computed in float32, or float64 for float64 logits. ``A_log`` and ``dt_bias`` are float32 from the start
+    and stay so under ``.to(torch.bfloat16)``: near f = 1 their rounding would decide how far the layer
+    remembers. They take no weight decay.
 
     Args:
         num_heads: number of gates.
@@ -59,7 +59,7 @@ class DecayGate(nn.Module):
         dt.add_((-torch.expm1(-dt)).log_())  # the inverse of softplus
 
     def forward(self, logits: Tensor) -> Tensor:
-        """``logits`` [..., num_heads] of any floating dtype to f, same shape, float32 (float64 for float64)."""
+        """``logits`` [..., num_heads] of any floating dtype to f, same shape, float32 (or float64 for it)."""
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         A = self.A_log.to(dtype).exp()
         return torch.exp(-A * F.softplus(logits.to(dtype) + self.dt_bias.to(dtype)))
@@ -70,5 +70,5 @@ class DecayGate(nn.Module):
             narrowed = tensor.is_floating_point() and moved.dtype in (torch.bfloat16, torch.float16)
             return tensor.to(moved.device) if narrowed else moved
 
-        super()._apply(keep_precision, recurse)
+        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
         return self

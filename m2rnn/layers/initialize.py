@@ -10,8 +10,8 @@ from torch import Tensor
 def initialize(parameter: Tensor, fill: Callable[[Tensor], object]) -> None:
     """Run the in-place ``fill(parameter)`` unless transformers has marked the parameter as loaded.
 
-    ``fill`` works in place and in several steps if need be (draw, then transform), so it also works on sharded
-    parameters; the mark is the one that transformers' own initialisation functions look at.
+    ``fill`` works in place, in several steps if need be (draw, then transform), so it also works on sharded
+    parameters. The mark is the one that transformers' own initialisation functions look at.
     """
     if not getattr(parameter, "_is_hf_initialized", False):
         fill(parameter)

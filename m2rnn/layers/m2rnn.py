@@ -36,13 +36,14 @@ class M2RNN(nn.Module):
         H_t = f_t H_{t-1} + (1 - f_t) Z_t
         y_t = H_tᵀ q_t + D ⊙ v_t
 
-    and the output is ``out_proj(norm(y ⊙ silu(g)))``, with one RMSNorm over all heads. q, k, v, f, W and g may have
-    fewer heads than N, the largest of the first five counts; each count divides N and is shared by repetition. The
-    defaults are the language-model layer; state tracking wants other options (see ``presets.state_tracking``).
+    and the output is ``out_proj(norm(y ⊙ silu(g)))``, with one RMSNorm over all heads. q, k, v, f, W and g
+    may have fewer heads than N, the largest of the first five counts; each count divides N and is shared by
+    repetition. The defaults are the language-model layer; state tracking wants other options (see
+    ``presets.state_tracking``).
 
     Args:
         hidden_size: width of the input and the output.
-        num_heads: heads of v, f, W and g unless given one by one; default ``hidden_size // value_dim``, at least 1.
+        num_heads: heads of v, f, W and g unless given one by one; default ``hidden_size // value_dim``.
         key_dim, value_dim: K and V, the rows and columns of the state.
         num_q_heads, num_k_heads: default 1.
         num_v_heads, num_f_heads, num_weight_heads, num_g_heads: default ``num_heads``.
@@ -54,7 +55,7 @@ class M2RNN(nn.Module):
         gate: the output gate silu(g).
         weight_init: W starts as ``"identity"``, or ``"normal"``: N(0, 1/V).
         A_range, dt_range, dt_floor: initial range of the forget gate, see ``DecayGate``.
-        state_clip: bound on each component of the gradient that reaches a state from later tokens; None for none.
+        state_clip: bound on each component of the gradient that reaches a state from later tokens, or None.
         backend: of the recurrence, see ``m2rnn.ops.m2rnn_scan``; None chooses.
 
     Raises:
@@ -114,20 +115,16 @@ class M2RNN(nn.Module):
             raise ValueError(f"weight_init must be 'identity' or 'normal', got {weight_init!r}")
         check_activation(activation)
 
-        self.hidden_size, self.key_dim, self.value_dim = hidden_size, key_dim, value_dim
         self.num_q_heads, self.num_k_heads, self.num_v_heads = num_q_heads, num_k_heads, counts["num_v_heads"]
+        self.key_dim, self.value_dim = key_dim, value_dim
         self.activation, self.weight_init = activation, weight_init
         self.state_clip, self.backend = state_clip, backend
-        channels = num_q_heads * key_dim, num_k_heads * key_dim, self.num_v_heads * value_dim
-        self.qkv_sizes = channels
-        self.proj_sizes = (
-            sum(channels),
-            counts["num_f_heads"],
-            counts["num_g_heads"] * value_dim if gate else 0,
-        )
+        self.qkv_sizes = num_q_heads * key_dim, num_k_heads * key_dim, self.num_v_heads * value_dim
+        self.num_g_heads = counts["num_g_heads"] if gate else 0
+        self.proj_sizes = sum(self.qkv_sizes), counts["num_f_heads"], self.num_g_heads * value_dim
 
         self.in_proj = nn.Linear(hidden_size, sum(self.proj_sizes), bias=False)
-        self.conv = ShortConv(sum(channels), conv_size, activation) if conv_size is not None else None
+        self.conv = ShortConv(sum(self.qkv_sizes), conv_size, activation) if conv_size is not None else None
         self.decay_gate = DecayGate(counts["num_f_heads"], A_range, dt_range, dt_floor)
         self.state_weight = nn.Parameter(torch.empty(counts["num_weight_heads"], value_dim, value_dim))
         self.D = nn.Parameter(torch.empty(self.num_heads, value_dim)) if residual else None
@@ -164,7 +161,7 @@ class M2RNN(nn.Module):
             output_state: False saves the work and returns None as the state.
 
         Returns:
-            The output, of the shape and dtype of ``hidden``, and the state after the last token of each sequence.
+            The output, of ``hidden``'s shape and dtype, and the state after the last token of each sequence.
         """
         qkv, logits, g = self.in_proj(hidden).split(self.proj_sizes, -1)
         conv_state = None
@@ -172,14 +169,16 @@ class M2RNN(nn.Module):
             qkv, conv_state = self.conv(qkv, None if state is None else state.conv, packing)
         elif self.activation == "silu":
             qkv = F.silu(qkv)
+        batch_time = qkv.shape[:2]
         q, k, v = qkv.split(self.qkv_sizes, -1)
-        q = q.unflatten(-1, (self.num_q_heads, self.key_dim))
-        k = k.unflatten(-1, (self.num_k_heads, self.key_dim))
-        v = v.unflatten(-1, (self.num_v_heads, self.value_dim))
+        q = q.reshape(*batch_time, self.num_q_heads, self.key_dim)
+        k = k.reshape(*batch_time, self.num_k_heads, self.key_dim)
+        v = v.reshape(*batch_time, self.num_v_heads, self.value_dim)
         f = self.decay_gate(logits)
 
         recurrent = None if state is None else state.recurrent
-        if recurrent is not None and packing is None and hidden.shape[1] == 1 and not torch.is_grad_enabled():
+        decoding = packing is None and hidden.shape[1] == 1 and not torch.is_grad_enabled()
+        if recurrent is not None and decoding:
             y, recurrent = m2rnn_step(q[:, 0], k[:, 0], v[:, 0], f[:, 0], self.state_weight, recurrent)
             y = y[:, None]
         else:
@@ -195,17 +194,20 @@ class M2RNN(nn.Module):
                 state_clip=self.state_clip,
                 backend=self.backend,
             )
-        if self.D is not None:
-            shared = y.unflatten(-2, (self.num_v_heads, -1))
-            D = self.D.to(y.dtype).unflatten(0, (self.num_v_heads, -1))
-            y = (shared + D * v[..., None, :]).flatten(-3, -2)
-        if self.proj_sizes[2]:
-            g = F.silu(g).unflatten(-1, (-1, 1, self.value_dim))
-            y = (y.unflatten(-2, (g.shape[-3], -1)) * g).flatten(-3, -2)
-        y = y.flatten(-2)
+        if self.D is not None:  # head n of N takes v of head n // (N / count)
+            shared = self.num_v_heads, self.num_heads // self.num_v_heads, self.value_dim
+            D = self.D.to(y.dtype).view(shared)
+            y = y.view(*batch_time, *shared) + D * v[..., None, :]
+        if self.num_g_heads:
+            g = F.silu(g).view(*batch_time, self.num_g_heads, 1, self.value_dim)
+            y = y.view(*batch_time, self.num_g_heads, self.num_heads // self.num_g_heads, self.value_dim) * g
+        y = y.reshape(*batch_time, self.num_heads * self.value_dim)
         if self.norm is not None:
             y = self.norm(y)
-        return self.out_proj(y), M2RNNState(recurrent, conv_state) if output_state else None
+        final_state = None
+        if recurrent is not None and output_state:
+            final_state = M2RNNState(recurrent, conv_state)
+        return self.out_proj(y), final_state
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, key_dim={self.key_dim}, value_dim={self.value_dim}"

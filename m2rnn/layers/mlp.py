@@ -9,7 +9,8 @@ class SwiGLU(nn.Module):
 
     Args:
         hidden_size: width of the input and the output.
-        intermediate_size: width of gate and up; default ``8/3 · hidden_size``, rounded up to a multiple of 64.
+        intermediate_size: width of gate and up, by default ``8/3 · hidden_size``, rounded up to a multiple
+            of 64.
     """
 
     def __init__(self, hidden_size: int, intermediate_size: int | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -9,11 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packing:
-    """Sequences laid end to end in one row ``[1, total, ...]``, and their places in a grid ``[rows, width, ...]``.
+    """Sequences end to end in one row ``[1, total, ...]``, and their places in a grid ``[rows, width, ...]``.
 
-    Every mixer takes packed tokens and this description of them. It is built once a forward pass, from a padding mask
-    (``from_mask``: the grid is the padded batch, holes anywhere) or from the boundaries (``from_cu_seqlens``: the grid
-    holds one sequence a row, padded on the right to the longest).
+    Every mixer takes packed tokens and this description of them. It is built once a forward pass, from a
+    padding mask (``from_mask``: the grid is the padded batch, holes anywhere) or from the boundaries
+    (``from_cu_seqlens``: the grid holds one sequence a row, padded on the right to the longest).
 
     Attributes:
         cu_seqlens: int32 ``[N + 1]``, sequence n is tokens ``cu_seqlens[n]`` to ``cu_seqlens[n + 1] - 1``.
@@ -30,22 +31,22 @@ class Packing:
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> "Packing":
-        """From a padding mask ``[B, T]``, non-zero at real tokens; row b is sequence b, whatever the pattern."""
+        """From a padding mask ``[B, T]``, non-zero at real tokens; row b is sequence b, with any holes."""
         if mask.dim() != 2:
             raise ValueError(f"mask must be a [batch, time] padding mask, got shape {tuple(mask.shape)}")
         real = mask != 0
         cu_seqlens = torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0)).int()
-        return cls(cu_seqlens, real.flatten().nonzero().squeeze(1), *mask.shape, right_padded=False)
+        rows, width = mask.shape
+        return cls(cu_seqlens, real.flatten().nonzero().squeeze(1), rows, width, right_padded=False)
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, total: int) -> "Packing":
         """From the boundaries of the sequences in a row of ``total`` tokens."""
         if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"cu_seqlens must be a vector of int32 or int64, got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
-            )
+            got = f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+            raise ValueError(f"cu_seqlens must be a vector of int32 or int64, got {got}")
         bounds = cu_seqlens.tolist()
-        lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+        lengths = [end - start for start, end in pairwise(bounds)]
         if not bounds or bounds[0] != 0 or bounds[-1] != total or min(lengths, default=0) < 0:
             raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens ({total}), got {bounds}")
         width = max(lengths, default=0)
@@ -77,4 +78,4 @@ class Packing:
     def pad(self, packed: Tensor, value: float = 0) -> Tensor:
         """``[1, total, ...]`` to ``[rows, width, ...]``, with ``value`` in the padding."""
         grid = packed.new_full((self.rows * self.width, *packed.shape[2:]), value)
-        return grid.index_copy(0, self.slots, packed[0]).unflatten(0, (self.rows, self.width))
+        return grid.index_copy(0, self.slots, packed[0]).view(self.rows, self.width, *packed.shape[2:])

@@ -11,8 +11,8 @@ from m2rnn.layers.packing import Packing
 class ShortConv(nn.Module):
     """``y_t = activation(Σ_i weight[:, 0, i] ⊙ x_{t - width + 1 + i})``, each channel on its own.
 
-    The state holds the last ``width - 1`` inputs of each sequence, zeros before its first token, so that any split of a
-    sequence into calls gives the same outputs. Initialised uniformly in ±1/√width.
+    The state holds the last ``width - 1`` inputs of each sequence, zeros before its first token, so that
+    any split of a sequence into calls gives the same outputs. Initialised uniformly in ±1/√width.
 
     Args:
         channels: number of channels C.
@@ -37,7 +37,8 @@ class ShortConv(nn.Module):
     def forward(
         self, x: Tensor, state: Tensor | None = None, packing: Packing | None = None
     ) -> tuple[Tensor, Tensor]:
-        """``x`` [B, T, C] and ``state`` [B, width-1, C] to the output and the new state, same shapes and dtype as x.
+        """``x`` [B, T, C] and ``state`` [B, width - 1, C] to the output and the new state, of the same
+        shapes.
 
         With ``packing``, x is ``[1, total, C]`` and the states are those of its N sequences.
         """

@@ -41,12 +41,14 @@ class LayerState:
 class M2RNNCache(Cache):
     """States of all layers after ``get_seq_length()`` time steps, padding included.
 
-    Works wherever transformers takes ``past_key_values``. States are replaced, never written in place, so
-    ``copy.copy``-like reuse of an earlier cache needs ``copy.deepcopy`` only for this object, not for safety of tensors.
+    The layers keep their states as they are, in their own dtypes; a new state replaces the old one and never
+    writes into it.
     """
 
+    layers: list[LayerState]  # type: ignore[assignment]
+
     def __init__(self, num_layers: int) -> None:
-        super().__init__(layers=[LayerState() for _ in range(num_layers)])
+        super().__init__(layers=[LayerState() for _ in range(num_layers)])  # type: ignore[misc]
         self.steps = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -59,7 +61,7 @@ class M2RNNCache(Cache):
         raise NotImplementedError("M2RNNCache holds whole states: set layers[i].state")
 
     def reset(self) -> None:
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
         self.steps = 0
 
     def crop(self, tokens_to_remove: int) -> None:

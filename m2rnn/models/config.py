@@ -1,7 +1,8 @@
 """The configuration of a model: which mixer and which MLP each layer has, and their options."""
 
 import inspect
-from typing import Any
+from dataclasses import field
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from torch import nn
@@ -26,8 +27,8 @@ class M2RNNConfig(PreTrainedConfig):
             ``{"m2rnn": {"num_heads": 84}, "attention": {"num_heads": 16, "rope_theta": 10000.0}}``.
         mlp_options: likewise, e.g. ``{"swiglu": {"intermediate_size": 2752}}``.
         rms_norm_eps: epsilon of the blocks' and the final RMSNorm.
-        initializer_range: standard deviation of the embedding and of linear layers at the start; output projections
-            take it divided by √(2 · layers).
+        initializer_range: standard deviation of the embedding and of linear layers at the start; output
+            projections take it divided by √(2 · layers).
         tie_word_embeddings: one matrix for embedding and head.
         use_cache: whether the model returns its states by default when not training.
 
@@ -36,14 +37,14 @@ class M2RNNConfig(PreTrainedConfig):
     """
 
     model_type = "m2rnn"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     vocab_size: int = 32000
     hidden_size: int = 256
-    mixers: list[str] | tuple[str, ...] = ("m2rnn",) * 4
-    mlps: list[str] | tuple[str, ...] | None = None
-    mixer_options: dict[str, dict[str, Any]] | None = None
-    mlp_options: dict[str, dict[str, Any]] | None = None
+    mixers: list[str] = field(default_factory=lambda: ["m2rnn"] * 4)
+    mlps: list[str] = field(default_factory=list)
+    mixer_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    mlp_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
@@ -53,17 +54,15 @@ class M2RNNConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.mixers = list(self.mixers)
-        self.mlps = ["swiglu"] * len(self.mixers) if self.mlps is None else list(self.mlps)
-        self.mixer_options = self.mixer_options or {}
-        self.mlp_options = self.mlp_options or {}
+        self.mlps = self.mlps or ["swiglu"] * len(self.mixers)
         if not self.mixers or len(self.mixers) != len(self.mlps):
             raise ValueError(
-                f"mixers and mlps must name one layer each, got {len(self.mixers)} mixers and {len(self.mlps)} mlps"
+                f"mixers and mlps must name the same layers, got {len(self.mixers)} mixers and "
+                f"{len(self.mlps)} mlps"
             )
         _check_layers("mixer", self.mixers, self.mixer_options, MIXERS)
         _check_layers("mlp", self.mlps, self.mlp_options, MLPS)
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
     @property
     def num_hidden_layers(self) -> int:

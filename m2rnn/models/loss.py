@@ -21,7 +21,8 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """``-Σ log softmax(head(hidden))[label]`` over labels other than -100, divided by their number.
 
-    The logits are made, reduced and dropped ``chunk_size`` tokens at a time, and made again in the backward pass.
+    The logits are made, reduced and dropped ``chunk_size`` tokens at a time, and made again in the backward
+    pass.
 
     Args:
         hidden: ``[..., D]``.

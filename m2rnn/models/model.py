@@ -1,7 +1,10 @@
 """The model in one file: block, stack, initialisation, language-model head."""
+# transformers' methods and decorators carry no types, its class attributes are lists that nobody changes:
+# mypy: disable-error-code="no-untyped-call, untyped-decorator"
+# ruff: noqa: RUF012
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +36,9 @@ class M2RNNBlock(GradientCheckpointingLayer):
         mixer, mlp = config.mixers[layer], config.mlps[layer]
         self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mixer = MIXERS[mixer](config.hidden_size, **config.mixer_options.get(mixer, {}))
+        mlp_class = MLPS[mlp]
         self.mlp = None
-        if (mlp_class := MLPS[mlp]) is not None:
+        if mlp_class is not None:
             self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             self.mlp = mlp_class(config.hidden_size, **config.mlp_options.get(mlp, {}))
 
@@ -68,27 +72,27 @@ class M2RNNPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Called for children before parents, so a block's narrower output projections come last."""
+        """Called for children before parents, so a block narrows its output projections last."""
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding):
             init.normal_(module.weight, 0, std)
         elif isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, M2RNNBlock):
-            std /= math.sqrt(2 * self.config.num_hidden_layers)
             for name, parameter in module.named_parameters():
                 if name.endswith("out_proj.weight"):
-                    init.normal_(parameter, 0, std)
+                    init.normal_(parameter, 0, std / math.sqrt(2 * self.config.num_hidden_layers))
         elif type(module).__module__.startswith("m2rnn.layers.") and hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+            module.reset_parameters()  # type: ignore[operator]
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay would harm: ``A_log``, ``dt_bias``, ``D`` of every layer."""
-        return {
-            f"{module_name}.{name}".removeprefix(".")
+        """Names of the parameters to spare from weight decay: ``A_log``, ``dt_bias`` and ``D`` everywhere."""
+        spared = {
+            f"{module_name}.{name}"
             for module_name, module in self.named_modules()
             for name in getattr(module, "_no_weight_decay", ())
         }
+        return spared & {name for name, _ in self.named_parameters()}
 
 
 class M2RNNModel(M2RNNPreTrainedModel):
@@ -113,23 +117,25 @@ class M2RNNModel(M2RNNPreTrainedModel):
         use_cache: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
         output_hidden_states: bool | None = None,
-        packing: Packing | None = None,
+        packing: Packing | Literal["find"] | None = "find",
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of every token; padding and packing give exactly those of each sequence alone.
 
         Args:
             input_ids: ``[B, T]``, or ``inputs_embeds`` ``[B, T, hidden_size]``.
-            attention_mask: padding mask, 0 at slots to skip, anywhere in a row: ``[B, T]``, or ``[B, past + T]`` with a
-                cache. Outputs at skipped slots are zero.
-            position_ids: ``[B, T]`` or ``[1, T]``, for rotary attention; by default each sequence counts from 0. In one
-                row without mask and cache, positions that do not go on by one start a new packed sequence.
+            attention_mask: padding mask, 0 at slots to skip, anywhere in a row: ``[B, T]``, or
+                ``[B, past + T]`` with a cache. Outputs at skipped slots are zero.
+            position_ids: ``[B, T]`` or ``[1, T]``, for rotary attention; by default each sequence counts from
+                0. In one row without mask and cache, a position that does not follow the one before it starts
+                a new packed sequence.
             past_key_values: the cache of an earlier call.
-            use_cache: whether to return the cache; by default if one is given, or ``config.use_cache`` when not
-                training.
-            cu_seq_lens_q: int ``[N + 1]``, boundaries of the sequences packed in a batch of one row; wins over the mask.
+            use_cache: whether to return the cache; by default if one is given, or ``config.use_cache`` when
+                not training. Never while training with gradient checkpointing.
+            cu_seq_lens_q: int ``[N + 1]``, boundaries of the sequences packed in a batch of one row; wins
+                over the mask.
             output_hidden_states: also return the input of every layer and the final output.
-            packing: the layout that ``attention_mask`` or ``cu_seq_lens_q`` describe, if already made.
+            packing: what ``layout_of`` finds in the mask, ``cu_seq_lens_q`` and positions, if already known.
             **kwargs: other arguments that transformers passes to models; ignored.
 
         Raises:
@@ -138,77 +144,78 @@ class M2RNNModel(M2RNNPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if past_key_values is not None and not isinstance(past_key_values, M2RNNCache):
-            raise ValueError(f"past_key_values must be an M2RNNCache, got {type(past_key_values).__name__}")
+        cache = past_key_values
+        if cache is not None and not isinstance(cache, M2RNNCache):
+            raise ValueError(f"past_key_values must be an M2RNNCache, got {type(cache).__name__}")
+        if packing == "find":
+            packing = layout_of(hidden, attention_mask, cu_seq_lens_q, position_ids, cache)
         if self.gradient_checkpointing and self.training:
             use_cache = False
         elif use_cache is None:
-            use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
-        cache = M2RNNCache(len(self.layers)) if past_key_values is None and use_cache else past_key_values
+            use_cache = cache is not None or (self.config.use_cache and not self.training)
+        if cache is None and use_cache:
+            cache = M2RNNCache(self.config.num_hidden_layers)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
 
-        steps = hidden.shape[1]
-        layout = packing or layout_of(
-            hidden.shape[:2], attention_mask, cu_seq_lens_q, position_ids, past_key_values
-        )
-        padded = layout is not None and not layout.right_padded
-        aligned = layout.aligned if layout is not None else None
-        if padded:
-            hidden = layout.pack(hidden)
+        steps = hidden.shape[1] if packing is None else packing.width
+        padded = packing if packing is not None and not packing.right_padded else None
+        if padded is not None:
+            packing = padded.aligned
+            hidden = padded.pack(hidden)
             if position_ids is not None:
-                position_ids = layout.pack(position_ids.expand(layout.rows, -1))
+                position_ids = padded.pack(position_ids.expand(padded.rows, -1))
+
+        def unpacked(hidden: Tensor) -> Tensor:
+            return hidden if padded is None else padded.pad(hidden)
 
         hidden_states = []
         for layer, block in enumerate(self.layers):
-            hidden_states.append(hidden)
+            if output_hidden_states:
+                hidden_states.append(unpacked(hidden))
             hidden, state = block(
                 hidden,
                 state=None if cache is None else cache.layers[layer].state,
-                packing=aligned,
+                packing=packing,
                 position_ids=position_ids,
                 output_state=use_cache,
             )
-            if use_cache:
+            if cache is not None and use_cache:
                 cache.layers[layer].state = state
-        if use_cache:
-            cache.steps += steps if layout is None else layout.width
-        hidden = self.norm(hidden)
-        hidden_states.append(hidden)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        hidden_states = hidden_states if output_hidden_states else hidden_states[-1:]
-        if padded:
-            hidden_states = [layout.pad(hidden) for hidden in hidden_states]
+        if cache is not None and use_cache:
+            cache.steps += steps
+        hidden = unpacked(self.norm(hidden))
         return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states[-1],
+            last_hidden_state=hidden,
             past_key_values=cache if use_cache else None,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            hidden_states=(*hidden_states, hidden) if output_hidden_states else None,
         )
 
 
 def layout_of(
-    shape: tuple[int, int],
+    inputs: Tensor,
     attention_mask: Tensor | None,
     cu_seq_lens_q: Tensor | None,
     position_ids: Tensor | None,
     past_key_values: M2RNNCache | None,
 ) -> Packing | None:
-    """Where sequences lie in a batch of this ``[B, T]`` shape; None if every row is one sequence without padding."""
-    batch, steps = shape
+    """Where sequences lie in ``inputs`` [B, T, ...]; None if each row is one sequence without padding."""
+    batch, steps = inputs.shape[:2]
     if cu_seq_lens_q is not None:
         if batch != 1:
             raise ValueError(f"cu_seq_lens_q packs the sequences of one row, got a batch of {batch}")
         return Packing.from_cu_seqlens(cu_seq_lens_q, steps)
     if attention_mask is not None:
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
-            raise ValueError(f"attention_mask must be [{batch}, time], got {tuple(attention_mask.shape)}")
-        if attention_mask.shape[1] not in (steps, past + steps):
+        shape = tuple(attention_mask.shape)
+        if shape not in ((batch, steps), (batch, past + steps)):
             raise ValueError(
-                f"attention_mask must cover {steps} new or {past + steps} total steps, got {attention_mask.shape[1]}"
+                f"attention_mask must be [{batch}, {steps}] for the new tokens or [{batch}, {past + steps}] "
+                f"for all, got {shape}"
             )
-        new = attention_mask[:, attention_mask.shape[1] - steps :]
+        new = attention_mask[:, shape[1] - steps :]
         return None if bool(new.all()) else Packing.from_mask(new)
-    if position_ids is not None and past_key_values is None and batch == 1 and steps:
+    if position_ids is not None and past_key_values is None and batch == 1:
         starts = (position_ids.diff(dim=1)[0] != 1).nonzero().squeeze(1) + 1
         if starts.numel():
             return Packing.from_cu_seqlens(F.pad(F.pad(starts, (1, 0)), (0, 1), value=steps), steps)
@@ -248,22 +255,20 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
         """Logits, and the loss if labels are given; other arguments as in ``M2RNNModel.forward``.
 
         Args:
-            labels: ``[B, T]``, usually ``input_ids``: each token's logits predict the label of the next token of its own
-                sequence, whatever padding or packing lies between; -100 is ignored.
-            shift_labels: ``[B, T]``, instead of ``labels``: each token's logits predict the label at its own place.
+            labels: ``[B, T]``, usually ``input_ids``: each token's logits predict the label of the next token
+                of its own sequence, whatever padding or packing lies between; -100 is ignored.
+            shift_labels: ``[B, T]``, instead of ``labels``: a token's logits predict the label in its place.
             num_items_in_batch: what to divide the summed loss by; default the number of labels.
-            logits_to_keep: how many of the last time steps to compute logits for (0 for all), or their indices.
+            logits_to_keep: how many of the last time steps to compute logits for (0 for all), or which.
 
         Returns:
-            ``loss``, ``logits``, ``past_key_values``, ``hidden_states``. While training with labels, ``logits`` is None:
-            the loss makes them a part at a time and drops them.
+            ``loss``, ``logits``, ``past_key_values``, ``hidden_states``. While training, ``logits``
+            is None: the loss makes them a part at a time and drops them.
         """
-        embedded = input_ids if inputs_embeds is None else inputs_embeds
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
         packing = None
-        if embedded is not None:
-            packing = layout_of(
-                embedded.shape[:2], attention_mask, cu_seq_lens_q, position_ids, past_key_values
-            )
+        if inputs is not None:
+            packing = layout_of(inputs, attention_mask, cu_seq_lens_q, position_ids, past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -294,12 +299,12 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         if generation_config.cache_implementation is not None:
             raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r} is not offered; "
+                f"cache_implementation must be None, got {generation_config.cache_implementation!r}: "
                 "the model makes its own cache"
             )
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
@@ -308,15 +313,15 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
 
 def next_labels(labels: Tensor, packing: Packing | None) -> Tensor:
     """For each slot the label of its sequence's next token; -100 at the last one and in padding."""
+    padded = packing is not None and not packing.right_padded
+    if packing is not None and padded:
+        labels = packing.pack(labels)
+    labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     if packing is None:
-        return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    if packing.right_padded:
-        shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    else:
-        shifted = F.pad(packing.pack(labels)[:, 1:], (0, 1), value=IGNORED)
+        return labels
     last = F.pad(packing.sequence_ids.diff() != 0, (0, 1), value=True)
-    shifted = shifted.masked_fill(last, IGNORED)
-    return shifted if packing.right_padded else packing.pad(shifted, IGNORED)
+    labels = labels.masked_fill(last, IGNORED)
+    return packing.pad(labels, IGNORED) if padded else labels
 
 
 AutoConfig.register("m2rnn", M2RNNConfig)

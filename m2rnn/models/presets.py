@@ -1,5 +1,6 @@
-"""Named configurations. A layer pattern is a string, one letter a layer: M for m2rnn, A for attention, G for gru."""
+"""Named configurations. A pattern is a string, one letter a layer: M m2rnn, A attention, G gru."""
 
+from collections.abc import Callable
 from typing import Any
 
 from m2rnn.models.config import M2RNNConfig
@@ -15,17 +16,19 @@ def layers(pattern: str) -> list[str]:
 def state_tracking(mixer: str = "m2rnn", vocab_size: int = 6, **overrides: Any) -> M2RNNConfig:
     """A model of about 60,000 parameters for word problems of groups, such as S3.
 
-    The M2RNN layer differs from the language-model one: no convolution and no SiLU on q, k, v, a random W instead of the
-    identity, more value channels (V = 32), and as many q and k heads as others. Each of these is needed: with any of
-    them undone the layer stays at chance on long sequences.
+    The M2RNN layer differs from the language-model one: no convolution and no SiLU on q, k, v, a random W
+    instead of the identity, more value channels (V = 32), and as many q and k heads as others. Each of
+    these is needed: with any of them undone the layer stays at chance on long sequences.
 
-    The others get the same number of parameters within ten percent: a GRU with 72 units, and a Transformer that spends
-    them on two layers, since one attention layer cannot compose, with the rotary positions of the paper's Transformer.
+    The others get the same number of parameters within ten percent: a GRU with 72 units, and a Transformer
+    that spends them on two layers, since one attention layer cannot compose, with the rotary positions of
+    the paper's Transformer.
 
     Args:
         mixer: ``"m2rnn"``, ``"gru"`` or ``"attention"``.
         vocab_size: number of group elements, inputs and outputs alike.
-        **overrides: fields of ``M2RNNConfig``; ``mixer_options`` and ``mlp_options`` change the named options only.
+        **overrides: fields of ``M2RNNConfig``; ``mixer_options`` and ``mlp_options`` change the named
+            options only.
 
     Raises:
         ValueError: for a mixer that has no such model.
@@ -88,7 +91,7 @@ def _config(pattern: str, fields: dict[str, Any], overrides: dict[str, Any]) -> 
     return M2RNNConfig(**merged)
 
 
-_PRESETS = {
+_PRESETS: dict[str, Callable[..., M2RNNConfig]] = {
     "state-tracking": state_tracking,
     "tiny-m2rnn": lambda **overrides: _tiny("MMMM", **overrides),
     "tiny-hybrid": lambda **overrides: _tiny("MMAM", **overrides),
