@@ -21,6 +21,11 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
+def output_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
+    """The dtype of y."""
+    return torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+
+
 def repeat_heads(x: Tensor, heads: int, dim: int = 2) -> Tensor:
     """Head n of the result is head ``n // (heads // x.shape[dim])`` of ``x``."""
     return x if x.shape[dim] == heads else x.repeat_interleave(heads // x.shape[dim], dim)
@@ -59,7 +64,6 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """``(y, final_state)`` of the recurrence, differentiable by autograd through every step."""
     dtype = compute_dtype(q, k, v, f, weight)
-    out_dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     heads = max(q.shape[2], k.shape[2], v.shape[2], f.shape[2], weight.shape[0])
     q_BTHK, k_BTHK, v_BTHV, f_BTH = (repeat_heads(x.to(dtype), heads) for x in (q, k, v, f))
     weight_HVV = repeat_heads(weight.to(dtype), heads, 0)
@@ -81,4 +85,4 @@ def scan(
                 state_BHKV = _ClampGradient.apply(state_BHKV, state_clip)
         finals.append(state_BHKV)
     y = torch.stack(outputs, 1) if outputs else v_BTHV.new_zeros(v_BTHV.shape)
-    return y.to(out_dtype), torch.cat(finals) if finals else state_NHKV
+    return y.to(output_dtype(q, k, v)), torch.cat(finals) if finals else state_NHKV

@@ -1,0 +1,273 @@
+"""The CPU backend: plans the work, shares it among threads and calls the compiled loops of ``cpu_kernels``.
+
+Memory beyond inputs, outputs and gradients: one state every ``chunk`` steps between forward and backward, and
+``chunk`` states of scratch a thread. The result is the same bits for any number of threads, since the units of work
+and the order of every sum depend on the shapes alone.
+"""
+
+import itertools
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m2rnn.ops import cpu_kernels as kernels
+from m2rnn.ops import simd
+from m2rnn.ops.reference import compute_dtype, output_dtype
+
+UNITS = 64  # pieces to cut the work into: enough for any laptop, and a fixed number keeps the bits the same
+CALLS_PER_THREAD = 4  # so that a thread that is late leaves work for the others
+
+_DTYPE_CODES = {
+    torch.float32: simd.FLOAT32,
+    torch.float64: simd.FLOAT64,
+    torch.bfloat16: simd.BFLOAT16,
+    torch.float16: simd.FLOAT16,
+}
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="m2rnn")
+
+
+if hasattr(os, "register_at_fork"):  # threads do not survive a fork
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def _run(kernel: Callable[..., None], units: np.ndarray, scratch: Callable[[], kernels.Scratch], *args: Any) -> None:
+    """Call ``kernel`` on slices of ``units``, with scratch memory for each thread, until all of them are done."""
+    threads = min(torch.get_num_threads(), len(units))
+    calls = min(len(units), CALLS_PER_THREAD * threads) if threads > 1 else threads
+    bounds = np.linspace(0, len(units), calls + 1).astype(int).tolist()
+    slices = iter(list(itertools.pairwise(bounds)))
+
+    def work() -> None:
+        memory = scratch()
+        for first, last in slices:  # next() of a list's iterator is atomic, so each slice goes to one thread
+            kernel(first, units[first:last], memory, *args)
+
+    others = [_pool(threads - 1).submit(work) for _ in range(threads - 1)]
+    work()
+    for other in others:
+        other.result()
+
+
+def _round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How one problem is cut up: all of it follows from shapes and ``cu_seqlens`` alone."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype  # of the state
+    chunk: int
+    sequences: np.ndarray  # see the columns in cpu_kernels
+    saved: int  # states saved for the backward pass
+    units: np.ndarray  # see the columns in cpu_kernels
+    head_groups: int
+    row_blocks: int
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> Self:
+        counts = [x.shape[2] for x in (q, k, v, f)]
+        heads = max(*counts, weight.shape[0])
+        key_dim, value_dim = q.shape[3], v.shape[3]
+        if cu_seqlens is None:
+            lengths = np.full(q.shape[0], q.shape[1], np.int64)
+            batch, starts = np.arange(len(lengths)), np.zeros_like(lengths)
+        else:
+            bounds = cu_seqlens.numpy().astype(np.int64)
+            lengths, starts = np.diff(bounds), bounds[:-1]
+            batch = np.zeros_like(lengths)
+        # about √T steps between saved states makes T/C + C smallest; a power of two
+        chunk = min(64, max(16, 1 << round(math.log2(max(lengths.max(initial=0), 1)) / 2)))
+        saved = np.maximum(-(-lengths // chunk) - 1, 0)
+        sequences = np.stack([batch, starts, lengths, np.cumsum(saved) - saved], axis=1)
+
+        count = len(lengths)
+        head_groups = next((g for g in _divisors(heads) if count * g >= UNITS), heads)
+        if min(counts) < heads:  # the partial sums of shared gradients may not outgrow the saved states
+            most = max(1, heads * value_dim // (chunk * min(counts)))
+            head_groups = max(g for g in _divisors(heads) if g <= min(head_groups, most))
+        wanted = -(-UNITS // max(count * head_groups, 1))
+        row_blocks = max(1, min(wanted, key_dim // chunk, key_dim // kernels.ROWS))  # partial sums of y, dv: likewise
+        rows = _round_up(-(-key_dim // row_blocks), kernels.ROWS)
+        row_blocks = -(-key_dim // rows)
+
+        ranges = min(count, -(-UNITS // (head_groups * row_blocks)))
+        work = np.concatenate([[0], np.cumsum(lengths + 1)])
+        cuts = np.searchsorted(work, np.linspace(0, work[-1], ranges + 1))
+        group = heads // head_groups
+        units = [
+            (cuts[s], cuts[s + 1], g * group, (g + 1) * group, r * rows, min((r + 1) * rows, key_dim), r, g)
+            for s in range(ranges)
+            for r in range(row_blocks)
+            for g in range(head_groups)
+        ]
+        table = np.array(units, np.int64).reshape(-1, kernels.UNIT_COLUMNS)
+        dtype = compute_dtype(q, k, v, f, weight)
+        return cls(
+            heads, key_dim, value_dim, dtype, chunk, sequences, int(saved.sum()), table, head_groups, row_blocks
+        )
+
+    @property
+    def width(self) -> int:
+        """V, padded to whole vectors."""
+        return _round_up(self.value_dim, simd.VECTOR_BYTES // self.dtype.itemsize)
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        return self.heads, self.key_dim, self.value_dim
+
+    def head_slots(self, source_heads: int) -> int:
+        """How many head groups add to the gradient of the same one of ``source_heads``."""
+        group, repeat = self.heads // self.head_groups, self.heads // source_heads
+        if group % repeat == 0:
+            return 1
+        return repeat // group if repeat % group == 0 else self.head_groups
+
+    def sizes(self, weight_heads: int) -> np.ndarray:
+        repeat = self.heads // weight_heads
+        return np.array([self.heads, self.key_dim, self.value_dim, self.width, self.chunk, repeat], np.int64)
+
+    def scratch(self, backward: bool) -> Callable[[], kernels.Scratch]:
+        rows = _round_up(int((self.units[:, kernels.LAST_ROW] - self.units[:, kernels.FIRST_ROW]).max(initial=0)), kernels.ROWS)
+        dtype = np.float32 if self.dtype == torch.float32 else np.float64
+        return partial(kernels.Scratch.allocate, self.chunk, rows, self.width, dtype, backward)
+
+    def describe(self, x: Tensor, *, by_row: bool = False, slots: tuple[int, int] | None = None) -> list[int]:
+        """The kernels' row for a tensor [B, T, heads] or [B, T, heads, channels]; with slots, as first dimension."""
+        strides = list(x.stride())
+        if slots is None:
+            strides.insert(0, 0)
+        channels, padded = x.shape[-1], self.width
+        if len(strides) == 4:
+            strides.append(0)
+            channels = padded = 1
+        repeat = self.heads // x.shape[2 if slots is None else 3]
+        code = _DTYPE_CODES[x.dtype]
+        head_slots, row_slots = slots or (1, 1)
+        return [
+            x.data_ptr(), code, *strides, repeat, int(by_row), channels, padded, int(slots is not None and repeat > 1),
+            head_slots, row_slots,
+        ]  # fmt: skip
+
+    def describe_inputs(self, q: Tensor, k: Tensor, v: Tensor, f: Tensor) -> list[list[int]]:
+        return [self.describe(q, by_row=True), self.describe(k, by_row=True), self.describe(v), self.describe(f)]
+
+    def flat(self, x: Tensor | None) -> np.ndarray:
+        """A dense view or copy in the state's dtype; empty for None."""
+        return torch.empty(0, dtype=self.dtype).numpy() if x is None else x.to(self.dtype).contiguous().view(-1).numpy()
+
+    def padded_weight(self, weight: Tensor) -> np.ndarray:
+        padded = weight.new_zeros(weight.shape[0], self.width, self.width, dtype=self.dtype)
+        padded[:, : self.value_dim, : self.value_dim] = weight
+        return padded.view(-1).numpy()
+
+
+class _Output:
+    """A tensor that units write: straight into place, or into slots of partial sums where several contribute."""
+
+    def __init__(self, plan: _Plan, shape: torch.Size, dtype: torch.dtype, *, by_row: bool):
+        slots = (plan.head_slots(shape[2]), 1 if by_row else plan.row_blocks)
+        self.dtype = dtype
+        self.in_place = slots == (1, 1) and shape[2] == plan.heads
+        if self.in_place:
+            self.buffer = torch.empty(shape, dtype=dtype)
+        else:
+            self.buffer = torch.zeros((slots[0] * slots[1], *shape), dtype=plan.dtype)
+        self.row = plan.describe(self.buffer, by_row=by_row, slots=None if self.in_place else slots)
+
+    def result(self) -> Tensor:
+        if self.in_place:
+            return self.buffer
+        total = self.buffer[0]
+        for slot in self.buffer[1:]:
+            total += slot
+        return total.to(self.dtype)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    f: Tensor,
+    weight: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(y, final state, saved states)``: the saved states [n, H, K, V] are where ``backward`` starts its chunks."""
+    plan = _Plan.of(q, k, v, f, weight, cu_seqlens)
+    final = torch.empty(len(plan.sequences), *plan.state_shape, dtype=plan.dtype)
+    saved = torch.empty(plan.saved if save else 0, *plan.state_shape, dtype=plan.dtype)
+    y = _Output(plan, torch.Size((*v.shape[:2], plan.heads, plan.value_dim)), output_dtype(q, k, v), by_row=False)
+    _run(
+        kernels.forward, plan.units, plan.scratch(backward=False),
+        np.array([*plan.describe_inputs(q, k, v, f), y.row]), plan.sequences, plan.sizes(weight.shape[0]),
+        plan.padded_weight(weight), plan.flat(initial_state), plan.flat(final), plan.flat(saved),
+    )  # fmt: skip
+    return y.result(), final, saved
+
+
+def backward(
+    dy: Tensor,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    f: Tensor,
+    weight: Tensor,
+    initial_state: Tensor | None,
+    saved: Tensor,
+    cu_seqlens: Tensor | None,
+    state_clip: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v, f, the weight and the initial state, in the dtypes of these."""
+    plan = _Plan.of(q, k, v, f, weight, cu_seqlens)
+    gradients = [
+        _Output(plan, x.shape, x.dtype, by_row=by_row) for x, by_row in ((q, True), (k, True), (v, False), (f, False))
+    ]
+    d_initial = None if initial_state is None else torch.empty(initial_state.shape, dtype=plan.dtype)
+    padded = plan.padded_weight(weight)
+    transposed = np.ascontiguousarray(padded.reshape(-1, plan.width, plan.width).transpose(0, 2, 1)).ravel()
+    area = plan.width**2
+    d_weight = np.zeros(len(plan.units) * plan.heads // plan.head_groups * area, padded.dtype)
+    _run(
+        kernels.backward, plan.units, plan.scratch(backward=True),
+        np.array([*plan.describe_inputs(q, k, v, f), plan.describe(dy), *(g.row for g in gradients)]),
+        plan.sequences, plan.sizes(weight.shape[0]), padded, transposed,
+        plan.flat(initial_state), plan.flat(saved), plan.flat(d_final), plan.flat(d_initial), d_weight,
+        math.inf if state_clip is None else float(state_clip),
+    )  # fmt: skip
+
+    by_head = np.add.reduce(d_weight.reshape(-1, plan.heads, plan.width, plan.width), axis=0)  # in the units' order
+    by_source = np.add.reduce(by_head.reshape(weight.shape[0], -1, plan.width, plan.width), axis=1)
+    dw = torch.from_numpy(by_source[:, : plan.value_dim, : plan.value_dim]).to(weight.dtype).contiguous()
+    dq, dk, dv, df = (gradient.result() for gradient in gradients)
+    return dq, dk, dv, df, dw, None if initial_state is None else d_initial.to(initial_state.dtype)
+
+
+def tanh(x: np.ndarray) -> np.ndarray:
+    """The kernels' own tanh of each element of a float32 or float64 array."""
+    padded = np.zeros(_round_up(x.size, simd.VECTOR_BYTES // x.itemsize), x.dtype)
+    padded[: x.size] = x.ravel()
+    out = np.empty_like(padded)
+    kernels.apply_tanh(padded, out)
+    return out[: x.size].reshape(x.shape)
