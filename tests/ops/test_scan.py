@@ -1,0 +1,209 @@
+"""Every backend computes the recurrence: outputs, states, all gradients, against float64 within one table."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from m2rnn.ops import m2rnn_scan
+from tests.ops.cases import (
+    EMPTY,
+    GRADIENTS,
+    KIND,
+    STANDARD,
+    Case,
+    check,
+    make_long,
+    make_problem,
+    run,
+    run_autograd,
+    truth,
+    truth_of_long,
+)
+from tests.tolerances import TOLERANCES, assert_close
+
+
+@pytest.mark.parametrize("case", [*STANDARD, *EMPTY], ids=str)
+def test_results_and_gradients_match_float64(case: Case, backend: str, device: str) -> None:
+    results = run(make_problem(case, device=device), backend)
+    assert set(results) == set(truth(case))
+    check(results, truth(case), case)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_long_sequences_match_float64(dtype: torch.dtype, backend: str, device: str) -> None:
+    """4096 steps, f near 1."""
+    if backend == "reference" and dtype != torch.float32:
+        pytest.skip("one dtype of the slow loop is enough at this length")
+    problem = make_long(dtype, device=device)
+    check(run(problem, backend), truth_of_long(), problem.case)
+
+
+@pytest.mark.parametrize("case", [c for c in STANDARD if c.dtype != torch.float32][:40], ids=str)
+def test_hand_written_backward_matches_autograd(case: Case) -> None:
+    """The reference backend's gradients against autograd through the definition, both in float64."""
+    case64 = replace(case, dtype=torch.float64, gates=None)
+    results, expected = run(make_problem(case64), "reference"), truth(case64)
+    for name, x in results.items():
+        assert_close(x, expected[name], torch.float64, KIND.get(name, "gradient"), name)
+
+
+DTYPES = [
+    Case(dtype=torch.float64),
+    Case(dtype=torch.float32),
+    Case(dtype=torch.bfloat16),
+    Case(dtype=torch.float16),
+    Case(dtype=torch.bfloat16, gates=torch.float32),
+]
+
+
+@pytest.mark.parametrize("case", DTYPES, ids=str)
+def test_dtypes_of_results(case: Case, backend: str, device: str) -> None:
+    """y as q, k, v; states float32, or float64 for float64; a gradient as its input."""
+    problem = make_problem(case, device=device)
+    for name, x in run(problem, backend).items():
+        expected = {"y": case.dtype, "final_state": case.state_dtype}.get(name) or problem.inputs[name].dtype
+        assert x.dtype == expected, f"{name} is {x.dtype}"
+
+
+SUBSETS = [
+    ("q",),
+    ("k",),
+    ("v",),
+    ("f",),
+    ("weight",),
+    ("initial_state",),
+    ("k", "f"),
+    ("q", "v", "weight"),
+    ("f", "weight", "initial_state"),
+]
+
+
+@pytest.mark.parametrize("wanted", SUBSETS, ids="+".join)
+def test_gradients_of_some_inputs_equal_those_of_all(
+    wanted: tuple[str, ...], backend: str, device: str
+) -> None:
+    for lengths in (None, (3, 0, 33)):
+        case = Case(batch=2, time=36, lengths=lengths, clip=0.1)
+        everything = run(make_problem(case, device=device), backend)
+        some = run(make_problem(case, device=device, grads=wanted), backend)
+        assert set(some) == {"y", "final_state", *wanted}
+        for name, x in some.items():
+            assert torch.equal(x, everything[name]), f"{name} differs"
+
+
+@pytest.mark.parametrize("source", ["y", "final_state"])
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_gradient_of_one_result_alone(source: str, clip: float | None, backend: str, device: str) -> None:
+    """The loss may use y only or the final state only."""
+    problem = make_problem(Case(batch=2, time=34, clip=clip), device=device)
+    double = problem.as_double()
+    problem.cotangents = {source: problem.cotangents[source]}
+    for name in ("y", "final_state"):
+        if name != source:
+            double.cotangents[name].zero_()
+    results = run(problem, backend)
+    check(results, run_autograd(double), problem.case)
+
+
+def test_no_gradient_is_tracked_when_none_is_wanted(backend: str, device: str) -> None:
+    case = Case(batch=2, time=33)
+    inputs = make_problem(case, device=device, grads=()).inputs
+    y, state = m2rnn_scan(**inputs, output_final_state=True, backend=backend)
+    assert not y.requires_grad
+    assert not state.requires_grad
+    check({"y": y, "final_state": state}, truth(case), case)
+    tracked = make_problem(case, device=device).inputs
+    with torch.no_grad():
+        y, state = m2rnn_scan(**tracked, output_final_state=True, backend=backend)
+    assert not y.requires_grad
+    assert not state.requires_grad
+    check({"y": y, "final_state": state}, truth(case), case)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded"])
+def test_inputs_are_left_alone(layout: str, backend: str, device: str) -> None:
+    """Forward and backward write into none of their arguments, and no result shares memory with one."""
+    problem = make_problem(Case(batch=2, time=33, layout=layout, clip=0.1), device=device)
+    tensors = {**problem.inputs, **{f"gradient of {name}": x for name, x in problem.cotangents.items()}}
+    before = {name: x.detach().clone() for name, x in tensors.items()}
+    results = run(problem, backend)
+    for name, x in tensors.items():
+        assert torch.equal(x, before[name]), f"{name} was overwritten"
+    for x in results.values():
+        x.fill_(torch.nan)
+    for name, x in tensors.items():
+        assert torch.equal(x, before[name]), f"a result shares the memory of {name}"
+
+
+def test_results_of_nothing_do_not_share_the_initial_state(backend: str, device: str) -> None:
+    """With no steps the final state equals the initial one, but is its own tensor."""
+    problem = make_problem(Case(time=0, batch=2), device=device)
+    results = run(problem, backend)
+    expected = problem.inputs["initial_state"].detach().clone()
+    assert torch.equal(results["final_state"], expected)
+    results["final_state"].fill_(torch.nan)
+    assert torch.equal(problem.inputs["initial_state"], expected)
+
+
+def test_backward_twice_through_one_graph_gives_the_same(backend: str, device: str) -> None:
+    problem = make_problem(Case(batch=2, time=40), device=device)
+    y, state = m2rnn_scan(**problem.inputs, output_final_state=True, backend=backend)
+    arguments = (
+        [y, state],
+        list(problem.inputs.values()),
+        [problem.cotangents["y"], problem.cotangents["final_state"]],
+    )
+    first = torch.autograd.grad(*arguments, retain_graph=True)
+    second = torch.autograd.grad(*arguments)
+    for name, a, b in zip(GRADIENTS, first, second, strict=True):
+        assert torch.equal(a, b), f"d{name} differs"
+
+
+def test_state_split_in_two_calls_equals_one(backend: str, device: str) -> None:
+    """The final state of the first part, given to the second, continues it; its gradient flows back."""
+    case = Case(batch=2, time=70)
+    problem = make_problem(case, device=device)
+    inputs = dict(problem.inputs)
+    initial, weight = inputs.pop("initial_state"), inputs.pop("weight")
+    halves, state = [], initial
+    for part in (slice(None, 37), slice(37, None)):
+        y, state = m2rnn_scan(
+            **{name: x[:, part] for name, x in inputs.items()},
+            weight=weight,
+            initial_state=state,
+            output_final_state=True,
+            backend=backend,
+        )
+        halves.append(y)
+    grads = torch.autograd.grad(
+        [torch.cat(halves, 1), state],
+        list(problem.inputs.values()),
+        [problem.cotangents["y"], problem.cotangents["final_state"]],
+    )
+    results = {
+        "y": torch.cat(halves, 1),
+        "final_state": state,
+        **dict(zip(problem.inputs, grads, strict=True)),
+    }
+    check(results, truth(case), case)
+
+
+def test_infinite_preactivation_saturates(backend: str, device: str) -> None:
+    """k vᵀ = ±inf gives tanh = ±1, not NaN."""
+    ones = torch.ones(1, 3, 1, 1, device=device)
+    v = torch.tensor([torch.inf, -torch.inf, torch.inf], device=device).reshape(1, 3, 1, 1)
+    f, weight = torch.full((1, 3, 1), 0.5, device=device), torch.ones(1, 1, 1, device=device)
+    y, _ = m2rnn_scan(ones, ones, v, f, weight, backend=backend)
+    assert y.flatten().tolist() == [0.5, -0.25, 0.375]
+
+
+def test_automatic_choice_of_backend_computes_the_same() -> None:
+    case = Case(batch=2, time=33, heads=(1, 1, 4, 4, 4))
+    check(run(make_problem(case), None), truth(case), case)
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_cu_seqlens_of_either_integer_type(index: torch.dtype, backend: str, device: str) -> None:
+    case = Case(lengths=(5, 0, 33), index=index)
+    check(run(make_problem(case, device=device), backend), truth(replace(case, index=torch.int64)), case)
