@@ -1,0 +1,146 @@
+"""The ``m2rnn`` command: parses, calls, prints. Heavy imports stay inside, so that --help is fast."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from m2rnn.training.run_folder import RunFolderError
+from m2rnn.training.track_settings import SettingsError, TrackSettings
+
+DEFAULT = TrackSettings()
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+)
+
+
+@app.callback()
+def m2rnn() -> None:
+    """M2RNN: a non-linear recurrent layer with a matrix-valued state."""
+
+
+@app.command()
+def track(
+    out: Annotated[Path, typer.Option(help="Folder of the run; the same command resumes it.")],
+    group: Annotated[
+        str, typer.Option(help="S3, S4, S5, A4, A5, Z<n>, parity, or a product such as S3xZ2.")
+    ] = DEFAULT.group,
+    inputs: Annotated[
+        str, typer.Option(help="Tokens: 'all' elements, or the identity and 'generators'.")
+    ] = DEFAULT.inputs,
+    mixer: Annotated[str, typer.Option(help="m2rnn, gru or attention.")] = DEFAULT.mixer,
+    compare: Annotated[
+        str | None, typer.Option(help="Several mixers, one after the other, e.g. m2rnn,gru,attention.")
+    ] = None,
+    train_length: Annotated[int, typer.Option(help="Longest sequence in training.")] = DEFAULT.train_length,
+    test_lengths: Annotated[
+        str, typer.Option(help="Lengths to measure accuracy at.")
+    ] = ",".join(map(str, DEFAULT.test_lengths)),
+    test_sequences: Annotated[
+        int, typer.Option(help="Sequences of each test length.")
+    ] = DEFAULT.test_sequences,
+    curriculum: Annotated[
+        bool, typer.Option(help="Begin with 4 tokens and lengthen whenever they are learnt.")
+    ] = DEFAULT.curriculum,
+    steps: Annotated[int, typer.Option(help="Most steps to train; ends sooner once solved.")] = DEFAULT.steps,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Most minutes to train a mixer. Where this ends a training is not reproducible."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences of a step.")] = DEFAULT.batch_size,
+    learning_rate: Annotated[float, typer.Option(help="AdamW's peak learning rate.")] = DEFAULT.learning_rate,
+    seed: Annotated[int, typer.Option(help="Determines weights and sequences.")] = DEFAULT.seed,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Change a field of the model's configuration, e.g. hidden_size=32. Repeatable."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda if there is one.")] = None,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps from checkpoint to checkpoint.", min=1)] = 100,
+    overwrite: Annotated[bool, typer.Option(help="Delete the run in the folder and start anew.")] = False,
+) -> None:
+    """Train on a word problem over a group and measure accuracy by length.
+
+    The model reads x1 … xT and says after each token what x1 · … · xt is. Writes results.json, the model
+    (for from_pretrained), log.jsonl and accuracy-by-length.png into the folder. Interrupted by Ctrl-C or
+    killed, the same command goes on with the same result.
+
+    Example: m2rnn track --compare m2rnn,gru,attention --group S3 --out runs/s3
+    """
+    from m2rnn.evaluation import track as tracking
+    from m2rnn.evaluation.track_report import runs_of, table
+    from m2rnn.training.display import Display
+
+    try:
+        settings = TrackSettings(
+            group=group,
+            inputs=inputs,  # type: ignore[arg-type] # checked by TrackSettings
+            mixer=mixer,
+            model=parse_overrides(model or []),
+            train_length=train_length,
+            curriculum=curriculum,
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            seed=seed,
+            test_lengths=parse_lengths(test_lengths),
+            test_sequences=test_sequences,
+            device=device or tracking.default_device(),
+        )
+        with Display(sys.stdout) as display:
+            options: dict[str, Any] = {
+                "overwrite": overwrite,
+                "checkpoint_every": checkpoint_every,
+                "minutes": minutes,
+                "display": display,
+            }
+            if compare is None:
+                results = tracking.track(settings, out, **options)
+            else:
+                results = tracking.compare(settings, compare.split(","), out, **options)
+    except (SettingsError, RunFolderError) as error:
+        fail(str(error), exit_code=2)
+    except OSError as error:
+        fail(str(error), exit_code=1)
+    except KeyboardInterrupt:
+        fail(f"interrupted; the same command resumes the run in {out}", exit_code=130)
+    typer.echo(table(runs_of(results)))
+    typer.echo(f"\nresults, model and plot: {out}")
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise SettingsError(f"test_lengths {text!r}: expected whole numbers such as 128,256,512") from None
+
+
+def parse_overrides(pairs: list[str]) -> dict[str, Any]:
+    """``["hidden_size=32"]`` as ``{"hidden_size": 32}``; values are YAML."""
+    import yaml
+
+    overrides = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        try:
+            overrides[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals:
+            raise SettingsError(f"model {pair!r}: expected NAME=VALUE, such as hidden_size=32")
+    return overrides
+
+
+def fail(message: str, exit_code: int) -> NoReturn:
+    typer.echo(f"m2rnn: {message}", err=True)
+    raise typer.Exit(exit_code)
+
+
+def main() -> None:
+    """The entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""``m2rnn track``: train on a word problem, measure accuracy by length and position, plot it."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from m2rnn.evaluation.track_report import write_plot
+from m2rnn.models import M2RNNForCausalLM
+from m2rnn.tasks.word_problem import Score
+from m2rnn.training.display import Display
+from m2rnn.training.run_folder import (
+    MODEL,
+    PLOT,
+    RESULTS,
+    run_folder,
+    to_json,
+    whole_folder,
+    write_whole_file,
+)
+from m2rnn.training.track import TrainingResult, build_config, train
+from m2rnn.training.track_settings import SettingsError, TrackSettings
+
+TOKENS_PER_BATCH = 2**17
+ATTENTION_SCORES_PER_BATCH = 2**26  # per head, where the scores of a whole batch are held in memory
+
+Results = dict[str, Any]
+
+
+def track(
+    settings: TrackSettings,
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    checkpoint_every: int = 100,
+    minutes: float | None = None,
+    display: Display | None = None,
+) -> Results:
+    """Train, evaluate, and write ``model/``, ``results.json`` and ``accuracy-by-length.png`` into ``folder``.
+
+    An interrupted run goes on where its last checkpoint stands; a finished one is read, not repeated. Raises
+    `SettingsError` and `RunFolderError` for what a user can get wrong, before anything is trained.
+    """
+    check_can_run(settings)
+    display = display or Display()
+    with run_folder(folder, settings.as_json(), overwrite):
+        if (folder / RESULTS).exists():
+            return read_results(folder)
+        trained = train(settings, folder, checkpoint_every=checkpoint_every, minutes=minutes, display=display)
+        if not (folder / MODEL).exists():
+            with whole_folder(folder / MODEL) as model_folder, no_progress_bars():
+                trained.model.save_pretrained(model_folder)
+        results = evaluate(trained, settings, display)
+        write_plot(folder / PLOT, [results])
+        write_whole_file(folder / RESULTS, to_json(results))
+        return results
+
+
+def compare(
+    settings: TrackSettings,
+    mixers: Sequence[str],
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    checkpoint_every: int = 100,
+    minutes: float | None = None,
+    display: Display | None = None,
+) -> Results:
+    """`track` each mixer in a subfolder of its own, and put them into one results.json and one plot."""
+    if len(set(mixers)) < len(mixers):
+        raise SettingsError(f"compare {','.join(mixers)!r}: expected each mixer once")
+    runs = {mixer: replace(settings, mixer=mixer) for mixer in mixers}
+    for run in runs.values():
+        check_can_run(run)
+    with run_folder(folder, {**settings.as_json(), "mixer": list(mixers)}, overwrite):
+        results: Results = {"runs": {}}
+        for mixer, run in runs.items():
+            results["runs"][mixer] = track(
+                run,
+                folder / mixer,
+                overwrite=overwrite,
+                checkpoint_every=checkpoint_every,
+                minutes=minutes,
+                display=display,
+            )
+        write_plot(folder / PLOT, list(results["runs"].values()))
+        write_whole_file(folder / RESULTS, to_json(results))
+        return results
+
+
+def default_device() -> str:
+    """The GPU if there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_can_run(settings: TrackSettings) -> None:
+    """Raise `SettingsError` now for what would otherwise fail after minutes of training."""
+    build_config(settings)
+    try:
+        torch.empty(0, device=settings.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingsError(
+            f"device {settings.device!r}: {reason}. Expected cpu, or cuda on a machine with a GPU"
+        ) from error
+    if find_spec("matplotlib") is None:
+        raise SettingsError("the plot needs matplotlib: pip install 'm2rnn[plot]'")
+
+
+def read_results(folder: Path) -> Results:
+    results: Results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    return results
+
+
+def evaluate(trained: TrainingResult, settings: TrackSettings, display: Display) -> Results:
+    """Accuracy on the test split at every test length, with all that is needed to repeat it."""
+    began = time.monotonic()
+    accuracy = {}
+    for length in settings.test_lengths:
+        display.say(f"{settings.mixer}: testing {settings.test_sequences} sequences of {length} tokens")
+        score = score_model(trained.model, settings, length)
+        accuracy[str(length)] = {
+            "all": score.accuracy(),
+            "last_quarter": score.last_quarter(),
+            "by_position": [
+                {"start": start, "stop": stop, "accuracy": value} for start, stop, value in score.in_buckets()
+            ],
+        }
+    return {
+        "settings": settings.as_json(), "parameters": sum(parameter.numel() for parameter in
+        trained.model.parameters()), "training": {"outcome": trained.outcome, "seconds":
+        round(trained.seconds, 1), **asdict(trained.progress)}, "evaluation_seconds": round(time.monotonic() -
+        began, 1), "chance": 1 / settings.problem().group.order, "accuracy": accuracy, "versions": {name:
+        _version(name) for name in ("m2rnn", "torch", "transformers", "numba", "numpy")} | {"python":
+        platform.python_version()}, "hardware": _hardware(settings.device),
+    }
+
+
+@torch.inference_mode()
+def score_model(model: M2RNNForCausalLM, settings: TrackSettings, length: int) -> Score:
+    """The model's score on the test split's sequences of ``length`` tokens, in batches that fit in memory."""
+    batch = settings.problem().batch("test", 0, settings.test_sequences, length)
+    rows = TOKENS_PER_BATCH // length
+    if "attention" in model.config.mixers:
+        rows = min(rows, ATTENTION_SCORES_PER_BATCH // length**2)
+    rows = max(rows, 1)
+    score = Score(length)
+    for first in range(0, settings.test_sequences, rows):
+        inputs, targets = (tokens[first : first + rows] for tokens in batch)
+        logits = model(torch.from_numpy(inputs).to(model.device), use_cache=False).logits
+        score.add(logits.argmax(-1).cpu().numpy(), targets)
+    return score
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Without transformers' own progress bars, which would break into the display."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a source tree
+        return None
+
+
+def _hardware(device: str) -> dict[str, Any]:
+    hardware = {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if torch.device(device).type == "cuda":
+        hardware["gpu"] = torch.cuda.get_device_name(device)
+    return hardware
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,1 @@
+"""Training: schedules, checkpoints and the loops that use them."""

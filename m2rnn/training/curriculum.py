@@ -1,0 +1,74 @@
+"""When the sequences grow, when the problem counts as solved, and the learning rate that goes with both.
+
+A non-linear recurrence learns nothing from long sequences while it cannot do short ones, so the length starts
+at 4 and grows by a quarter whenever the smoothed loss is small. At the full length the run waits until the
+loss has been small for a while, then takes the learning rate down to zero and ends. A run that does not get
+there uses up its steps, the last of them on the same decay.
+"""
+
+from dataclasses import dataclass
+
+START_LENGTH = 4
+GROWTH = 1.25
+GROW_BELOW = 0.03  # smoothed loss, nats per token
+SOLVED_BELOW = 0.01
+SOLVED_STEPS = 50  # consecutive steps at the full length
+SMOOTHING = 0.9  # weight of the past in the smoothed loss
+WARMUP_STEPS = 20
+DECAY_STEPS = 100
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after ``step`` steps: beside weights and optimizer, all it needs to go on."""
+
+    step: int
+    length: int
+    smoothed_loss: float | None = None
+    steps_below: int = 0  # how many steps in a row the full length has had a small loss
+    solved_at: int | None = None
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """The plan of a run of at most ``steps`` steps on sequences of up to ``train_length`` tokens."""
+
+    train_length: int
+    steps: int
+    grow: bool = True
+
+    def start(self) -> Progress:
+        """The progress before the first step."""
+        length = min(START_LENGTH, self.train_length) if self.grow else self.train_length
+        return Progress(step=0, length=length)
+
+    def after(self, progress: Progress, loss: float) -> Progress:
+        """The progress after one more step, which had ``loss`` at ``progress.length``."""
+        past = loss if progress.smoothed_loss is None else progress.smoothed_loss
+        smoothed_loss = SMOOTHING * past + (1 - SMOOTHING) * loss
+        length, steps_below, solved_at = progress.length, progress.steps_below, progress.solved_at
+        if length < self.train_length:
+            if smoothed_loss < GROW_BELOW:
+                length = min(max(length + 1, int(length * GROWTH)), self.train_length)
+        else:
+            steps_below = steps_below + 1 if smoothed_loss < SOLVED_BELOW else 0
+            if steps_below == SOLVED_STEPS and solved_at is None:
+                solved_at = progress.step + 1
+        return Progress(progress.step + 1, length, smoothed_loss, steps_below, solved_at)
+
+    def is_finished(self, progress: Progress) -> bool:
+        return progress.step >= self._decay_start(progress) + self._decay_steps
+
+    def learning_rate(self, progress: Progress) -> float:
+        """The factor of the peak learning rate for the step after ``progress``."""
+        warmup = (progress.step + 1) / WARMUP_STEPS
+        decay = (self._decay_start(progress) + self._decay_steps - progress.step) / self._decay_steps
+        return min(warmup, 1.0, decay)
+
+    @property
+    def _decay_steps(self) -> int:
+        return min(DECAY_STEPS, self.steps)
+
+    def _decay_start(self, progress: Progress) -> int:
+        latest = self.steps - self._decay_steps
+        return latest if progress.solved_at is None else min(progress.solved_at, latest)

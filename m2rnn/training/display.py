@@ -1,0 +1,46 @@
+"""What a long run tells its user: a live line on a terminal, a plain line every few seconds anywhere else."""
+
+import time
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import IO, Self
+
+PLAIN_LINE_SECONDS = 5.0
+
+
+class Display(AbstractContextManager["Display"]):
+    """Shows what the run is doing on ``stream``; None shows nothing."""
+
+    def __init__(self, stream: IO[str] | None = None) -> None:
+        self._stream = stream
+        self._next_line = 0.0
+        self._status = None
+        if stream is not None and stream.isatty():
+            from rich.console import Console
+
+            self._status = Console(file=stream).status("")
+
+    def __enter__(self) -> Self:
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def say(self, text: str) -> None:
+        """Show ``text`` at once: a new phase."""
+        self._next_line = 0.0
+        self.update(text)
+
+    def update(self, text: str) -> None:
+        """Show ``text`` in place of the last update; where that cannot be replaced, only now and then."""
+        if self._status is not None:
+            self._status.update(text)
+        elif self._stream is not None and time.monotonic() >= self._next_line:
+            self._stream.write(text + "\n")
+            self._stream.flush()
+            self._next_line = time.monotonic() + PLAIN_LINE_SECONDS

@@ -1,0 +1,114 @@
+"""The folder of a run: one run at a time, one set of settings, and files that are either whole or absent.
+
+Whatever a kill or a power cut leaves behind, a file or folder with its final name is complete: it is written
+under another name, forced to disk, then renamed.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+SETTINGS, LOCK, LOG, CHECKPOINTS = "settings.json", "lock", "log.jsonl", "checkpoints"
+MODEL, RESULTS, PLOT = "model", "results.json", "accuracy-by-length.png"
+PARTIAL = ".partial"
+
+
+class RunFolderError(Exception):
+    """The folder cannot be used for this run: the message says why and what to do."""
+
+
+@contextmanager
+def run_folder(path: Path, settings: Mapping[str, Any], overwrite: bool = False) -> Iterator[None]:
+    """Hold ``path`` for a run with these settings; what an earlier run with the same settings left is kept.
+
+    `RunFolderError` if another process holds it, if it belongs to a run with other settings (``overwrite``
+    deletes that run's files), if it holds something that is no run, or if it cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        leftovers = (LOCK, SETTINGS + PARTIAL)
+        if not (path / SETTINGS).exists() and any(file.name not in leftovers for file in path.iterdir()):
+            raise RunFolderError(f"{path} holds files, but no run: choose a new or empty folder")
+        lock = (path / LOCK).open("a")
+    except OSError as error:
+        raise RunFolderError(f"cannot write to {path}: {error.strerror}. Choose another folder") from error
+    with lock:
+        _lock_or_refuse(lock, path)
+        if (path / SETTINGS).exists() and not overwrite:
+            _check_settings(path, settings)
+        else:
+            _clear(path)
+            write_whole_file(path / SETTINGS, to_json(settings))
+        yield
+
+
+def _lock_or_refuse(lock: IO[str], path: Path) -> None:
+    # Imported here because Windows has no fcntl, and everything else in the library runs there.
+    import fcntl
+
+    # The kernel drops the lock with the process, however it ends: there are no stale locks.
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RunFolderError(f"another run is using {path}: wait for it, or choose another folder") from None
+
+
+def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    saved = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
+    wanted = json.loads(to_json(settings))
+    for name in sorted(saved.keys() | wanted.keys()):
+        there, here = json.dumps(saved.get(name)), json.dumps(wanted.get(name))
+        if there != here:
+            raise RunFolderError(
+                f"{path} holds a run with {name} = {there}, not {here}: "
+                "choose another folder, or overwrite it to start anew"
+            )
+
+
+def _clear(path: Path) -> None:
+    # The settings go last: until then the folder still tells whose files these are.
+    for name in (CHECKPOINTS, MODEL, LOG, RESULTS, PLOT, SETTINGS):
+        for file in (path / name, path / (name + PARTIAL)):
+            if file.is_dir():
+                shutil.rmtree(file)
+            else:
+                file.unlink(missing_ok=True)
+
+
+def to_json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def write_whole_file(path: Path, content: bytes) -> None:
+    """Write a file that is either whole or not there, also after a power cut."""
+    partial = path.with_name(path.name + PARTIAL)
+    partial.write_bytes(content)
+    force_to_disk(partial)
+    partial.replace(path)
+    force_to_disk(path.parent)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder to write into, which gets its name ``path`` once everything in it is on disk."""
+    partial = path.with_name(path.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    for file in (*partial.iterdir(), partial):
+        force_to_disk(file)
+    partial.replace(path)
+    force_to_disk(path.parent)
+
+
+def force_to_disk(path: Path) -> None:
+    """fsync a file, or a folder's list of files."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

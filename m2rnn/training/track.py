@@ -1,0 +1,184 @@
+"""Train a model to track the state of a word problem; a kill at any moment costs a few steps, nothing else.
+
+The logits at position t classify the product of the first t + 1 elements: targets and inputs have the same
+positions. Batches are a function of (seed, step), so weights, optimizer and `Progress` are the whole state of
+a run.
+"""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from m2rnn.models import M2RNNConfig, M2RNNForCausalLM, presets
+from m2rnn.tasks.word_problem import Batch
+from m2rnn.training.checkpoint import load_checkpoint, save_checkpoint
+from m2rnn.training.curriculum import Curriculum, Progress
+from m2rnn.training.display import Display
+from m2rnn.training.run_folder import LOG, RunFolderError
+from m2rnn.training.track_settings import SettingsError, TrackSettings
+
+ADAM_BETAS = (0.9, 0.98)
+MAX_GRADIENT_NORM = 1.0
+
+Outcome = Literal["solved", "step limit", "time limit"]
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """A trained model and how it came about; ``seconds`` add up over interruptions."""
+
+    model: M2RNNForCausalLM
+    outcome: Outcome
+    progress: Progress
+    seconds: float
+
+
+def build_config(settings: TrackSettings) -> M2RNNConfig:
+    """The state-tracking preset with the settings' overrides; `SettingsError` if there is no such model."""
+    order = settings.problem().group.order
+    for name in settings.model:
+        if not hasattr(M2RNNConfig(), name):  # a Hugging Face config would take and ignore it
+            raise SettingsError(f"model {name!r}: expected a field of M2RNNConfig, such as hidden_size")
+    try:
+        return presets.state_tracking(settings.mixer, vocab_size=order, **settings.model)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"mixer {settings.mixer!r} with {dict(settings.model)}: {error}") from error
+
+
+def build_model(settings: TrackSettings) -> M2RNNForCausalLM:
+    """A new model, whose weights are determined by the seed; the caller's random state is left alone."""
+    config = build_config(settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = M2RNNForCausalLM(config)
+    model.to(settings.device)  # type: ignore[arg-type] # transformers' decorator hides the signature
+    return model
+
+
+def train(
+    settings: TrackSettings,
+    folder: Path,
+    *,
+    checkpoint_every: int = 100,
+    minutes: float | None = None,
+    display: Display | None = None,
+) -> TrainingResult:
+    """Train in ``folder``, from its newest checkpoint if it holds one.
+
+    ``minutes`` ends the training after that much time, at a step that depends on the machine. Ctrl-C saves a
+    checkpoint, then raises ``KeyboardInterrupt``.
+    """
+    display = display or Display()
+    model = build_model(settings).train()
+    optimizer = torch.optim.AdamW(model.parameters(), betas=ADAM_BETAS, weight_decay=0.0)
+    curriculum = Curriculum(settings.train_length, settings.steps, grow=settings.curriculum)
+    problem = settings.problem()
+    saved = load_checkpoint(folder, model, optimizer)
+    progress = Progress(**saved["progress"]) if saved else curriculum.start()
+    earlier_seconds: float = saved["seconds"] if saved else 0.0
+    began = time.monotonic()
+
+    def seconds() -> float:
+        return earlier_seconds + time.monotonic() - began
+
+    def save() -> None:
+        state = {"progress": asdict(progress), "seconds": seconds(), "log_bytes": log.size_on_disk()}
+        save_checkpoint(folder, progress.step, model, optimizer, state)
+
+    display.say(f"{settings.mixer}: compiling kernels, then from step {progress.step} on")
+    log_bytes = saved["log_bytes"] if saved else 0
+    with Log(folder / LOG, keep_bytes=log_bytes) as log, interrupts_noted() as interrupted:
+        while not curriculum.is_finished(progress) and (minutes is None or seconds() < 60 * minutes):
+            batch = problem.batch("train", progress.step, settings.batch_size, progress.length)
+            rate = settings.learning_rate * curriculum.learning_rate(progress)
+            loss, gradient_norm = train_step(model, optimizer, batch, rate)
+            length, progress = progress.length, curriculum.after(progress, loss)
+            log.write(
+                step=progress.step,
+                length=length,
+                loss=loss,
+                smoothed_loss=progress.smoothed_loss,
+                learning_rate=rate,
+                gradient_norm=gradient_norm,
+            )
+            display.update(
+                f"{settings.mixer}: step {progress.step} of at most {settings.steps}, length {length}, "
+                f"loss {progress.smoothed_loss:.4f}, {seconds():.0f} s"
+            )
+            if progress.step % checkpoint_every == 0:
+                save()
+            if interrupted():
+                save()
+                raise KeyboardInterrupt
+        save()
+    outcome: Outcome = "time limit" if not curriculum.is_finished(progress) else "step limit"
+    if progress.solved_at is not None:
+        outcome = "solved"
+    return TrainingResult(model.eval(), outcome, progress, seconds())
+
+
+def train_step(
+    model: M2RNNForCausalLM, optimizer: torch.optim.Optimizer, batch: Batch, learning_rate: float
+) -> tuple[float, float]:
+    """One step on ``batch``: its loss (nats per token) and the gradient's norm before clipping."""
+    device = model.device
+    logits = model(torch.from_numpy(batch.inputs).to(device), use_cache=False).logits
+    loss = cross_entropy(logits.flatten(0, 1).float(), torch.from_numpy(batch.targets).to(device).flatten())
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM, error_if_nonfinite=True)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    return loss.item(), norm.item()
+
+
+class Log(AbstractContextManager["Log"]):
+    """A file of JSON lines without any clock in them, cut back to its first ``keep_bytes`` when opened."""
+
+    def __init__(self, path: Path, keep_bytes: int) -> None:
+        if keep_bytes and (not path.exists() or path.stat().st_size < keep_bytes):
+            raise RunFolderError(f"{path} is shorter than at the checkpoint: overwrite the run to start anew")
+        self._file = path.open("ab")
+        self._file.truncate(keep_bytes)
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, **values: float | None) -> None:
+        self._file.write(json.dumps(values).encode() + b"\n")
+
+    def size_on_disk(self) -> int:
+        """Force all lines to disk and return the bytes they take."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
+
+
+@contextmanager
+def interrupts_noted() -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether Ctrl-C was pressed; a second Ctrl-C interrupts at once."""
+    noted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's business
+        yield noted.is_set
+        return
+
+    def note(signal_number: int, frame: object) -> None:
+        noted.set()
+        signal.signal(signal.SIGINT, previous)
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted.is_set
+    finally:
+        signal.signal(signal.SIGINT, previous)

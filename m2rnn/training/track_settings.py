@@ -1,0 +1,55 @@
+"""What determines a state-tracking run: same settings, same machine, same weights to the last bit."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from m2rnn.tasks.word_problem import Group, Inputs, WordProblem
+
+
+class SettingsError(ValueError):
+    """A setting that cannot work: the message names its value, what was expected and what to do."""
+
+
+@dataclass(frozen=True)
+class TrackSettings:
+    """Settings of one run of ``m2rnn track``; `SettingsError` for values that cannot work."""
+
+    group: str = "S3"
+    inputs: Inputs = "all"
+    mixer: str = "m2rnn"
+    model: Mapping[str, Any] = field(default_factory=dict)  # overrides of the state-tracking preset
+    train_length: int = 128
+    curriculum: bool = True
+    steps: int = 3000
+    batch_size: int = 128
+    learning_rate: float = 5e-3
+    seed: int = 0
+    test_lengths: tuple[int, ...] = (128, 256, 512, 1024, 4096)
+    test_sequences: int = 256
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        try:
+            self.problem()
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
+        for name in ("train_length", "steps", "batch_size", "test_sequences"):
+            value = getattr(self, name)
+            if value < 1:
+                raise SettingsError(f"{name} {value}: expected a whole number of at least 1")
+        if not self.learning_rate > 0:
+            raise SettingsError(f"learning_rate {self.learning_rate}: expected a number above 0, like 5e-3")
+        lengths = self.test_lengths
+        if not lengths or min(lengths) < 1 or list(lengths) != sorted(set(lengths)):
+            raise SettingsError(
+                f"test_lengths {','.join(map(str, lengths))!r}: expected increasing whole numbers "
+                "of at least 1, such as 128,256,512"
+            )
+
+    def problem(self) -> WordProblem:
+        """The word problem that is trained and tested on."""
+        return WordProblem(Group.from_name(self.group), self.inputs, self.seed)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "model": dict(self.model), "test_lengths": list(self.test_lengths)}

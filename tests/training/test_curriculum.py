@@ -1,0 +1,62 @@
+"""Length, end and learning rate of a run follow its loss."""
+
+import pytest
+
+from m2rnn.training.curriculum import DECAY_STEPS, SOLVED_STEPS, WARMUP_STEPS, Curriculum, Progress
+
+
+def run(curriculum: Curriculum, loss_at) -> list[Progress]:
+    """Every progress of a run whose loss is ``loss_at(progress)``."""
+    history = [curriculum.start()]
+    while not curriculum.is_finished(history[-1]):
+        history.append(curriculum.after(history[-1], loss_at(history[-1])))
+    return history
+
+
+def test_the_length_grows_by_a_quarter_up_to_the_training_length():
+    history = run(Curriculum(train_length=32, steps=1000), lambda progress: 0.0)
+    lengths = list(dict.fromkeys(progress.length for progress in history))
+    assert lengths == [4, 5, 6, 7, 8, 10, 12, 15, 18, 22, 27, 32]
+
+
+def test_the_length_stays_while_the_loss_is_large():
+    curriculum = Curriculum(train_length=128, steps=300)
+    history = run(curriculum, lambda progress: 0.02 if progress.length < 8 else 1.0)
+    assert history[-1].length == 8
+    assert history[-1].step == 300
+    assert history[-1].solved_at is None
+
+
+@pytest.mark.parametrize(("train_length", "grow", "start"), [(128, True, 4), (3, True, 3), (128, False, 128)])
+def test_the_first_length(train_length, grow, start):
+    assert Curriculum(train_length, 10, grow).start().length == start
+
+
+def test_a_solved_run_ends_after_its_decay():
+    history = run(Curriculum(train_length=8, steps=5000), lambda progress: 0.001)
+    full_length_from = next(progress.step for progress in history if progress.length == 8)
+    assert history[-1].solved_at == full_length_from + SOLVED_STEPS
+    assert history[-1].step == history[-1].solved_at + DECAY_STEPS
+
+
+def test_one_bad_step_starts_the_count_again():
+    def solved_at(bad_step: int) -> int:
+        curriculum = Curriculum(train_length=4, steps=5000)
+        return run(curriculum, lambda progress: 10.0 if progress.step == bad_step else 0.001)[-1].solved_at
+
+    assert solved_at(bad_step=SOLVED_STEPS + 10) == SOLVED_STEPS
+    assert solved_at(bad_step=30) > 30 + SOLVED_STEPS
+
+
+@pytest.mark.parametrize("steps", [1, 7, 99, 100, 101, 5000])
+@pytest.mark.parametrize("loss", [0.0, 1.0])
+def test_learning_rate_rises_stays_and_falls(steps, loss):
+    curriculum = Curriculum(train_length=16, steps=steps)
+    history = run(curriculum, lambda progress: loss)
+    assert history[-1].step <= steps
+    rates = [curriculum.learning_rate(progress) for progress in history[:-1]]
+    assert all(0 < rate <= 1 for rate in rates)
+    top = rates.index(max(rates))
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert rates[-1] == pytest.approx(min(1 / min(steps, DECAY_STEPS), len(rates) / WARMUP_STEPS))

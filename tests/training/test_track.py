@@ -1,0 +1,159 @@
+"""A run that was killed or interrupted goes on as if nothing had happened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from m2rnn.training.curriculum import Curriculum
+from m2rnn.training.run_folder import RunFolderError, run_folder
+from m2rnn.training.track import build_config, build_model, train
+from m2rnn.training.track_settings import SettingsError, TrackSettings
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+TINY = {"hidden_size": 8, "mixer_options": {"m2rnn": {"value_dim": 4}}}
+
+
+def run_and_kill(folder: Path, *seed: str) -> int:
+    """How many kills it took until the run in ``folder`` was done."""
+    command = [sys.executable, str(Path(__file__).with_name("run_and_kill.py")), str(folder), *seed]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert run_and_kill(folder) == 0
+    return folder
+
+
+@pytest.mark.parametrize("seed", ["0", "1", "2"])
+def test_killed_runs_end_with_the_same_bytes(tmp_path, undisturbed, seed):
+    kills = run_and_kill(tmp_path, seed)
+    assert kills >= 3
+    assert (tmp_path / "log.jsonl").read_bytes() == (undisturbed / "log.jsonl").read_bytes()
+    weights = Path("model", "model.safetensors")
+    assert (tmp_path / weights).read_bytes() == (undisturbed / weights).read_bytes()
+    results = [json.loads((folder / "results.json").read_text()) for folder in (tmp_path, undisturbed)]
+    assert results[0]["accuracy"] == results[1]["accuracy"]
+    leftovers = [file for file in tmp_path.rglob("*.partial") if "checkpoints" not in file.parts]
+    assert not leftovers
+
+
+def test_ctrl_c_saves_says_how_to_resume_and_resumes(tmp_path):
+    def command(out: Path) -> list[str]:
+        sizes = ["hidden_size=8", "mixer_options={m2rnn: {value_dim: 4}}"]
+        options = f"--group parity --train-length 6 --steps 150 --batch-size 4 --out {out}"
+        options += " --test-lengths 8 --test-sequences 4"
+        command = [sys.executable, "-m", "m2rnn.cli", "track", *options.split()]
+        return command + [f"--model={size}" for size in sizes]
+
+    log = tmp_path / "stopped" / "log.jsonl"
+    arguments = {"env": ENVIRONMENT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command(tmp_path / "stopped"), **arguments) as process:
+        deadline = time.monotonic() + 60
+        while not log.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command resumes" in errors
+    assert "Traceback" not in errors
+    stopped_at = len(log.read_text().splitlines())
+    assert 0 < stopped_at < 150
+    assert list((tmp_path / "stopped" / "checkpoints").glob(f"step-*{stopped_at}"))
+
+    for name in ("stopped", "whole"):
+        done = subprocess.run(command(tmp_path / name), **arguments, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert "parity" not in done.stderr
+    assert log.read_bytes() == (tmp_path / "whole" / "log.jsonl").read_bytes()
+
+
+def test_a_log_shorter_than_the_checkpoint_is_refused(tmp_path):
+    settings = TrackSettings(model=TINY, steps=2, batch_size=2, train_length=4)
+    train(settings, tmp_path, checkpoint_every=1)
+    (tmp_path / "log.jsonl").write_text("")
+    with pytest.raises(RunFolderError, match="shorter"):
+        train(settings, tmp_path)
+
+
+def test_the_log_tells_every_step_and_no_time(tmp_path):
+    settings = TrackSettings(model=TINY, steps=5, batch_size=2, train_length=4)
+    result = train(settings, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert set(lines[0]) == {"step", "length", "loss", "smoothed_loss", "learning_rate", "gradient_norm"}
+    assert result.outcome == "step limit"
+    # The first loss is that of the untrained model on the first batch: targets stand where their inputs stand.
+    batch = settings.problem().batch("train", 0, 2, 4)
+    with torch.no_grad():
+        logits = build_model(settings).train()(torch.from_numpy(batch.inputs)).logits
+    likelihood = logits.log_softmax(-1).gather(-1, torch.from_numpy(batch.targets)[..., None])
+    np.testing.assert_allclose(lines[0]["loss"], -likelihood.mean().item(), rtol=1e-5)
+
+
+def test_a_time_limit_ends_the_training(tmp_path):
+    settings = TrackSettings(model=TINY, steps=10_000, batch_size=2, train_length=4)
+    result = train(settings, tmp_path, minutes=0.01)
+    assert result.outcome == "time limit"
+    assert result.progress.step < 10_000
+    assert train(settings, tmp_path, minutes=0.01).progress == result.progress
+
+
+def test_building_a_model_leaves_the_random_state_alone():
+    settings = TrackSettings(model=TINY, seed=3)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = build_model(settings)
+    assert (torch.rand(3) == expected).all()
+    for a, b in zip(first.parameters(), build_model(settings).parameters(), strict=True):
+        assert (a == b).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"group": "S9"}, "group 'S9'.*expected S3"),
+        ({"inputs": "some"}, "inputs 'some'"),
+        ({"seed": -1}, "seed -1"),
+        ({"steps": 0}, "steps 0"),
+        ({"train_length": -4}, "train_length -4"),
+        ({"learning_rate": 0.0}, "learning_rate 0.0"),
+        ({"learning_rate": float("nan")}, "learning_rate nan"),
+        ({"test_lengths": ()}, "test_lengths ''"),
+        ({"test_lengths": (64, 32)}, "test_lengths '64,32'"),
+        ({"test_lengths": (0, 32)}, "test_lengths '0,32'"),
+        ({"mixer": "lstm"}, "mixer 'lstm'.*attention"),
+        ({"model": {"hiden_size": 8}}, "model 'hiden_size'"),
+        ({"model": {"mixer_options": {"m2rnn": {"value_size": 4}}}}, "value_size"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(change, message):
+    with pytest.raises(SettingsError, match=message):
+        build_config(TrackSettings(**change))
+
+
+def test_the_curriculum_can_be_left_out(tmp_path):
+    settings = TrackSettings(model=TINY, steps=1, batch_size=2, train_length=9, curriculum=False)
+    train(settings, tmp_path)
+    assert json.loads((tmp_path / "log.jsonl").read_text())["length"] == 9
+    assert Curriculum(9, 1, grow=False).start().length == 9
+
+
+def test_settings_survive_json(tmp_path):
+    settings = TrackSettings(model=TINY, test_lengths=(8, 16))
+    for _ in range(2):
+        with run_folder(tmp_path, settings.as_json()):
+            pass
