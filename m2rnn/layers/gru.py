@@ -60,10 +60,9 @@ class GRU(nn.Module):
             y = hidden.new_zeros(*hidden.shape[:2], self.rnn.hidden_size)
         final_state = None
         if output_state:
-            states = torch.cat([initial[:, None], y], 1)
-            final_state = (
-                states[:, -1] if packing is None else states[torch.arange(packing.rows), packing.lengths]
-            )
+            rows = torch.arange(y.shape[0], device=y.device)
+            ends = y.shape[1] if packing is None else packing.lengths
+            final_state = GRUState(torch.cat([initial[:, None], y], 1)[rows, ends])
         if packing is not None:
             y = packing.pack(y)
-        return self.out_proj(y), GRUState(final_state) if final_state is not None else None
+        return self.out_proj(y), final_state

@@ -203,7 +203,7 @@ class M2RNN(nn.Module):
             y = y.view(*batch_time, self.num_g_heads, self.num_heads // self.num_g_heads, self.value_dim) * g
         y = y.reshape(*batch_time, self.num_heads * self.value_dim)
         if self.norm is not None:
-            y = self.norm(y)
+            y = self.norm(y.to(self.norm.weight.dtype))  # autocast leaves it to us
         final_state = None
         if recurrent is not None and output_state:
             final_state = M2RNNState(recurrent, conv_state)

@@ -48,7 +48,9 @@ class ShortConv(nn.Module):
                 state = x.new_zeros(x.shape[0], past, x.shape[2])
             extended = torch.cat([state.to(x.dtype), x], 1)
             y = self._convolve(extended)
-            final_state = extended[:, extended.shape[1] - past :]
+            final_state = extended[
+                :, extended.shape[1] - past :
+            ].clone()  # a view would keep all inputs alive
         else:
             # In the extended row each sequence follows its own `past` inputs, so no output sees a neighbour.
             shift = packing.sequence_ids * past

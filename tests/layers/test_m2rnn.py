@@ -1,0 +1,156 @@
+"""The M2RNN layer against its equations, written out one token and one head at a time."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from m2rnn.layers import M2RNN
+from tests.tolerances import assert_close
+
+HEADS, KEY, VALUE, HIDDEN = 4, 3, 5, 8
+OPTIONS = [
+    {},
+    {
+        "num_q_heads": 2,
+        "num_k_heads": 4,
+        "num_v_heads": 2,
+        "num_f_heads": 1,
+        "num_weight_heads": 2,
+        "num_g_heads": 1,
+    },
+    {"conv_size": None},
+    {"conv_size": 3, "activation": None},
+    {"conv_size": None, "activation": None, "norm": False, "residual": False, "gate": False},
+    {"gate": False},
+    {"norm": False},
+]
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+def straight_line(layer: M2RNN, x: Tensor, options: dict) -> Tensor:
+    """The layer's equations for one sequence ``x`` [T, hidden], in the order in which they are stated."""
+    counts = {
+        "q": options.get("num_q_heads", 1),
+        "k": options.get("num_k_heads", 1),
+        "v": options.get("num_v_heads", HEADS),
+        "f": options.get("num_f_heads", HEADS),
+        "w": options.get("num_weight_heads", HEADS),
+        "g": options.get("num_g_heads", HEADS),
+    }
+    p = dict(layer.named_parameters())
+    projected = x @ p["in_proj.weight"].T
+    width_qk = (counts["q"] + counts["k"]) * KEY
+    width_qkv = width_qk + counts["v"] * VALUE
+    qkv, logits, g = projected.tensor_split([width_qkv, width_qkv + counts["f"]], 1)
+    if "conv.weight" in p:
+        taps = p["conv.weight"].shape[2]
+        qkv = torch.stack(
+            [
+                sum(
+                    p["conv.weight"][:, 0, taps - 1 - lag] * qkv[t - lag]
+                    for lag in range(taps)
+                    if t - lag >= 0
+                )
+                for t in range(len(x))
+            ]
+        )
+    if options.get("activation", "silu") == "silu":
+        qkv = silu(qkv)
+    rows = []
+    states = [torch.zeros(KEY, VALUE, dtype=x.dtype)] * HEADS
+    for t in range(len(x)):
+        row = []
+        for n in range(HEADS):
+
+            def source(name: str, n: int = n) -> int:
+                return n // (HEADS // counts[name])
+
+            q = qkv[t, source("q") * KEY :][:KEY]
+            k = qkv[t, (counts["q"] + source("k")) * KEY :][:KEY]
+            v = qkv[t, width_qk + source("v") * VALUE :][:VALUE]
+            h = source("f")
+            dt = torch.log(1 + torch.exp(logits[t, h] + p["decay_gate.dt_bias"][h]))
+            f = torch.exp(-torch.exp(p["decay_gate.A_log"][h]) * dt)
+            Z = torch.tanh(states[n] @ p["state_weight"][source("w")] + torch.outer(k, v))
+            states[n] = f * states[n] + (1 - f) * Z
+            y = states[n].T @ q
+            if options.get("residual", True):
+                y = y + p["D"][n] * v
+            if options.get("gate", True):
+                y = y * silu(g[t, source("g") * VALUE :][:VALUE])
+            row.append(y)
+        y = torch.cat(row)
+        if options.get("norm", True):
+            y = y / torch.sqrt((y * y).mean() + 1e-5) * p["norm.weight"]
+        rows.append(p["out_proj.weight"] @ y)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_layer_is_its_equations(options: dict) -> None:
+    layer = M2RNN(HIDDEN, HEADS, KEY, VALUE, state_clip=None, **options).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, 0.1, 0.7)
+    x = torch.randn(7, HIDDEN, dtype=torch.float64, requires_grad=True)
+    y, _ = layer(x[None])
+    expected = straight_line(layer, x, options)
+    assert_close(y[0], expected, torch.float64, "output")
+    inputs = [x, *layer.parameters()]
+    cotangent = torch.randn_like(expected)
+    ours = torch.autograd.grad(y[0], inputs, cotangent)
+    theirs = torch.autograd.grad(expected, inputs, cotangent)
+    names = ["x", *dict(layer.named_parameters())]
+    for one, other, name in zip(ours, theirs, names, strict=True):
+        assert_close(one, other, torch.float64, "gradient", name)
+
+
+def test_state_clip_bounds_what_flows_back_through_the_state() -> None:
+    x = torch.randn(1, 12, HIDDEN, dtype=torch.float64)
+    gradients = {}
+    for clip in (None, 1e3, 1e-3):
+        torch.manual_seed(0)
+        layer = M2RNN(HIDDEN, 2, KEY, VALUE, state_clip=clip, dt_range=(1e-3, 1e-3)).double()
+        y, _ = layer(x)
+        y.square().sum().backward()
+        gradients[clip] = layer.state_weight.grad
+    assert torch.equal(gradients[None], gradients[1e3])
+    assert gradients[1e-3].norm() < 0.5 * gradients[None].norm()
+
+
+def test_default_options_are_the_language_model_layer() -> None:
+    layer = M2RNN(64)
+    x = torch.randn(2, 5, 64)
+    y, state = layer(x)
+    assert y.shape == x.shape
+    assert state.recurrent.shape == (2, 4, 64, 16)
+    assert state.conv.shape == (2, 3, 64 + 64 + 4 * 16)
+    assert torch.equal(layer.state_weight, torch.eye(16).expand(4, 16, 16))
+    assert torch.equal(layer.D, torch.ones(4, 16))
+
+
+def test_normal_W_has_variance_one_over_V() -> None:
+    layer = M2RNN(64, 100, 2, 25, weight_init="normal")
+    assert layer.state_weight.std().item() == pytest.approx(math.sqrt(1 / 25), rel=0.03)
+    assert abs(layer.state_weight.mean()) < 0.005
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_heads": 4, "num_q_heads": 3}, r"num_q_heads must divide the number of heads \(4\), got 3"),
+        ({"num_heads": 4, "num_g_heads": 8}, r"num_g_heads must divide the number of heads \(4\), got 8"),
+        ({"num_heads": 0}, "num_v_heads"),
+        ({"key_dim": 0}, "key_dim must be at least 1, got 0"),
+        ({"weight_init": "zero"}, "weight_init must be 'identity' or 'normal', got 'zero'"),
+        ({"activation": "relu"}, "activation must be 'silu' or None, got 'relu'"),
+        ({"conv_size": 0}, "width must be at least 1, got 0"),
+    ],
+)
+def test_bad_options_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        M2RNN(32, **options)

@@ -1,0 +1,48 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from m2rnn.layers import Packing
+
+masks = st.integers(1, 4).flatmap(
+    lambda width: st.lists(st.lists(st.booleans(), min_size=width, max_size=width), min_size=1, max_size=4)
+)
+
+
+@given(masks)
+def test_mask_packs_the_real_tokens_in_order_and_pads_them_back(rows: list[list[bool]]) -> None:
+    mask = torch.tensor(rows)
+    packing = Packing.from_mask(mask.long())
+    grid = torch.arange(1.0, mask.numel() + 1).view_as(mask)[..., None]
+    packed = packing.pack(grid)
+    assert packed.flatten().tolist() == grid[mask].flatten().tolist()
+    assert torch.equal(packing.pad(packed, -1), torch.where(mask[..., None], grid, -1))
+    assert packing.cu_seqlens.dtype == torch.int32
+    assert packing.lengths.tolist() == mask.sum(1).tolist()
+    assert packing.sequence_ids.tolist() == mask.nonzero()[:, 0].tolist()
+
+
+@given(masks)
+def test_aligned_grid_holds_each_sequence_from_column_zero(rows: list[list[bool]]) -> None:
+    mask = torch.tensor(rows)
+    packing = Packing.from_mask(mask)
+    packed = torch.arange(1.0, int(mask.sum()) + 1)[None]
+    aligned = packing.aligned
+    expected = torch.nn.utils.rnn.pad_sequence(packed[0].split(mask.sum(1).tolist()), batch_first=True)
+    assert torch.equal(aligned.pad(packed), expected)
+    assert torch.equal(aligned.pack(aligned.pad(packed)), packed)
+    assert aligned.aligned is aligned
+
+
+@pytest.mark.parametrize("bounds", [[0, 3], [1, 5], [0, 4, 3, 5], [0, 6], []])
+def test_boundaries_that_do_not_cover_the_row_are_refused(bounds: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"rise from 0 to the number of tokens \(5\)"):
+        Packing.from_cu_seqlens(torch.tensor(bounds, dtype=torch.int64), 5)
+
+
+def test_other_shapes_and_dtypes_are_refused() -> None:
+    with pytest.raises(ValueError, match="vector of int32 or int64"):
+        Packing.from_cu_seqlens(torch.tensor([0.0, 5.0]), 5)
+    with pytest.raises(ValueError, match="padding mask"):
+        Packing.from_mask(torch.ones(2, 1, 3, 3))
