@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2rnn.layers.packing import Packing
+from m2rnn.layers.projection import OutputProjection
 
 
 class AttentionState(NamedTuple):
@@ -73,7 +74,7 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.rope_theta = rope_theta
         self.in_proj = nn.Linear(hidden_size, (num_heads + 2 * num_kv_heads) * head_dim, bias=False)
-        self.out_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+        self.out_proj = OutputProjection(num_heads * head_dim, hidden_size)
 
     def forward(
         self,

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from m2rnn.layers.initialize import initialize
 from m2rnn.layers.packing import Packing
+from m2rnn.layers.projection import OutputProjection
 
 
 class GRUState(NamedTuple):
@@ -29,13 +29,7 @@ class GRU(nn.Module):
         if state_size < 1:
             raise ValueError(f"state_size must be at least 1, got {state_size}")
         self.rnn = nn.GRU(hidden_size, state_size, batch_first=True)
-        self.out_proj = nn.Linear(state_size, hidden_size, bias=False)
-
-    def reset_parameters(self) -> None:
-        """Torch's own initialisation of the recurrence: uniform in ±1/√state_size."""
-        bound = self.rnn.hidden_size**-0.5
-        for parameter in self.rnn.parameters():
-            initialize(parameter, lambda p: p.uniform_(-bound, bound))
+        self.out_proj = OutputProjection(state_size, hidden_size)
 
     def forward(
         self,

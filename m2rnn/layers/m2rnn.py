@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from m2rnn.layers.decay_gate import DecayGate
 from m2rnn.layers.initialize import initialize
 from m2rnn.layers.packing import Packing
+from m2rnn.layers.projection import OutputProjection
 from m2rnn.layers.short_conv import ShortConv, check_activation
 from m2rnn.ops import m2rnn_scan, m2rnn_step
 
@@ -129,7 +130,7 @@ class M2RNN(nn.Module):
         self.state_weight = nn.Parameter(torch.empty(counts["num_weight_heads"], value_dim, value_dim))
         self.D = nn.Parameter(torch.empty(self.num_heads, value_dim)) if residual else None
         self.norm = nn.RMSNorm(self.num_heads * value_dim, eps=norm_eps) if norm else None
-        self.out_proj = nn.Linear(self.num_heads * value_dim, hidden_size, bias=False)
+        self.out_proj = OutputProjection(self.num_heads * value_dim, hidden_size)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

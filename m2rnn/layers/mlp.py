@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m2rnn.layers.projection import OutputProjection
+
 
 class SwiGLU(nn.Module):
     """``out_proj(silu(gate) ⊙ up)`` with ``[gate | up] = in_proj(x)``, no biases.
@@ -20,7 +22,7 @@ class SwiGLU(nn.Module):
         if intermediate_size < 1:
             raise ValueError(f"intermediate_size must be at least 1, got {intermediate_size}")
         self.in_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
-        self.out_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.out_proj = OutputProjection(intermediate_size, hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
         gate, up = self.in_proj(hidden).chunk(2, -1)

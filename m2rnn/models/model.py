@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from m2rnn.layers import Packing
+from m2rnn.layers import OutputProjection, Packing
 from m2rnn.models.cache import M2RNNCache
 from m2rnn.models.config import MIXERS, MLPS, M2RNNConfig
 from m2rnn.models.loss import IGNORED, chunked_cross_entropy
@@ -72,17 +72,13 @@ class M2RNNPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Called for children before parents, so a block narrows its output projections last."""
+        """Start the module's own parameters; transformers' marks keep those that a checkpoint has set."""
         std = self.config.initializer_range
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, OutputProjection):
+            init.normal_(module.weight, 0, std / math.sqrt(2 * self.config.num_hidden_layers))
+        elif isinstance(module, nn.Linear | nn.Embedding):
             init.normal_(module.weight, 0, std)
-        elif isinstance(module, nn.RMSNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, M2RNNBlock):
-            for name, parameter in module.named_parameters():
-                if name.endswith("out_proj.weight"):
-                    init.normal_(parameter, 0, std / math.sqrt(2 * self.config.num_hidden_layers))
-        elif type(module).__module__.startswith("m2rnn.layers.") and hasattr(module, "reset_parameters"):
+        elif hasattr(module, "reset_parameters"):
             module.reset_parameters()  # type: ignore[operator]
 
     def no_weight_decay(self) -> set[str]:

@@ -1,0 +1,43 @@
+"""Small models of every kind, in float64 so that comparisons are tight."""
+
+import torch
+
+from m2rnn.models import M2RNNConfig, M2RNNForCausalLM
+
+VOCAB = 23
+OPTIONS = {
+    "m2rnn": {"num_heads": 2, "key_dim": 4, "value_dim": 4},
+    "attention": {"num_heads": 4, "num_kv_heads": 2},
+    "gru": {"state_size": 12},
+}
+CONFIGS = {
+    "m2rnn": {"mixers": ["m2rnn", "m2rnn"]},
+    "hybrid": {"mixers": ["m2rnn", "attention", "gru"], "mlps": ["swiglu", "none", "swiglu"]},
+    "rope": {"mixers": ["attention", "attention"], "rope": 100.0},
+}
+
+
+def config(name: str = "hybrid", **overrides: object) -> M2RNNConfig:
+    fields = dict(CONFIGS[name])
+    rope = fields.pop("rope", None)
+    options = {mixer: dict(OPTIONS[mixer]) for mixer in set(fields["mixers"])}
+    if "attention" in options:
+        options["attention"]["rope_theta"] = rope
+    defaults = {
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "mixer_options": options,
+        "mlp_options": {"swiglu": {"intermediate_size": 24}},
+        "initializer_range": 0.3,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return M2RNNConfig(**defaults | fields | overrides)
+
+
+def make(name: str = "hybrid", dtype: torch.dtype = torch.float64, **overrides: object) -> M2RNNForCausalLM:
+    """An evaluation-mode model with the same weights on every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return M2RNNForCausalLM(config(name, **overrides)).to(dtype).eval()

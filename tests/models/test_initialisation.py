@@ -1,0 +1,185 @@
+"""Every way to construct a model starts it as intended, and loading gives back the saved bits."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from m2rnn.models import M2RNNConfig, M2RNNForCausalLM, M2RNNModel
+from tests.models.small import VOCAB, config, make
+
+
+def wide_config(**overrides) -> M2RNNConfig:
+    """Wide enough that the statistics of a single layer are sharp."""
+    fields = {
+        "vocab_size": 300,
+        "hidden_size": 128,
+        "mixers": ["m2rnn", "attention", "gru"],
+        "mixer_options": {"m2rnn": {"num_heads": 600, "key_dim": 4, "value_dim": 4, "weight_init": "normal"}},
+        "initializer_range": 0.05,
+    }
+    return M2RNNConfig(**fields | overrides)
+
+
+def from_pretrained_without_weights(folder: Path) -> M2RNNForCausalLM:
+    """From a checkpoint that lacks all but the embedding: the rest starts fresh after the meta device."""
+    model = M2RNNForCausalLM(wide_config())
+    model.save_pretrained(folder)
+    file = folder / "model.safetensors"
+    kept = {name: value for name, value in load_file(file).items() if "embed_tokens" in name}
+    save_file(kept, file, metadata={"format": "pt"})
+    return M2RNNForCausalLM.from_pretrained(folder)
+
+
+def on_the_meta_device() -> M2RNNForCausalLM:
+    with torch.device("meta"):
+        model = M2RNNForCausalLM(wide_config())
+    model.to_empty(device="cpu")
+    for module in model.modules():  # what the meta-device construction marked as done
+        module._is_hf_initialized = False
+    model.init_weights()
+    return model
+
+
+CONSTRUCTIONS = {
+    "constructor": lambda folder: M2RNNForCausalLM(wide_config()),
+    "_from_config": lambda folder: M2RNNForCausalLM._from_config(wide_config()),
+    "auto": lambda folder: AutoModelForCausalLM.from_config(wide_config()),
+    "meta": lambda folder: on_the_meta_device(),
+    "from_pretrained": from_pretrained_without_weights,
+}
+
+
+@pytest.mark.parametrize("construction", CONSTRUCTIONS)
+@pytest.mark.filterwarnings("default")
+def test_initial_statistics(construction: str, tmp_path: Path) -> None:
+    model = CONSTRUCTIONS[construction](tmp_path)
+    p = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    std, narrow = 0.05, 0.05 / math.sqrt(6)
+
+    def is_normal(name: str, expected: float) -> None:
+        assert p[name].std().item() == pytest.approx(expected, rel=0.03), name
+        assert abs(p[name].mean().item()) < 0.1 * expected, name
+
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        is_normal(name, std)
+    for layer in range(3):
+        is_normal(f"model.layers.{layer}.mixer.out_proj.weight", narrow)
+        is_normal(f"model.layers.{layer}.mlp.out_proj.weight", narrow)
+        is_normal(f"model.layers.{layer}.mlp.in_proj.weight", std)
+    for layer in range(2):
+        is_normal(f"model.layers.{layer}.mixer.in_proj.weight", std)
+    is_normal("model.layers.0.mixer.state_weight", 0.5)
+    assert (p["model.layers.0.mixer.D"] == 1).all()
+    assert all((value == 1).all() for name, value in p.items() if "norm" in name)
+    A = p["model.layers.0.mixer.decay_gate.A_log"].exp()
+    dt = F.softplus(p["model.layers.0.mixer.decay_gate.dt_bias"])
+    assert A.mean().item() == pytest.approx(8, rel=0.1)
+    assert A.std().item() == pytest.approx(16 / math.sqrt(12), rel=0.1)
+    assert dt.log().mean().item() == pytest.approx(math.log(1e-2), rel=0.05)
+    assert 0.9e-3 < dt.min() < 1.2e-3
+    conv = p["model.layers.0.mixer.conv.weight"]
+    assert 0.49 < conv.abs().max() <= 0.5
+    gru = p["model.layers.2.mixer.rnn.weight_hh_l0"]
+    assert 0.95 * 128**-0.5 < gru.abs().max() <= 128**-0.5
+
+
+def test_loading_starts_only_what_the_checkpoint_lacks(tmp_path: Path) -> None:
+    model = make(dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    lacking = ["layers.0.mixer.decay_gate.dt_bias", "layers.2.mixer.rnn.bias_hh_l0"]
+    saved = load_file(file)
+    kept = {name: value for name, value in saved.items() if not name.endswith(tuple(lacking))}
+    assert len(kept) == len(saved) - 2
+    save_file({name: value + 1 for name, value in kept.items()}, file, metadata={"format": "pt"})
+    loaded = M2RNNForCausalLM.from_pretrained(tmp_path).state_dict()
+    for name, value in kept.items():
+        assert torch.equal(loaded[name], value + 1), name
+    dt = F.softplus(loaded["model.layers.0.mixer.decay_gate.dt_bias"])
+    assert 1e-4 < dt.min() <= dt.max() < 0.11
+    assert 0 < loaded["model.layers.2.mixer.rnn.bias_hh_l0"].abs().max() <= 12**-0.5
+
+
+def test_identity_is_the_default_of_W() -> None:
+    model = M2RNNForCausalLM(config("m2rnn"))
+    assert torch.equal(model.model.layers[1].mixer.state_weight, torch.eye(4).expand(2, 4, 4))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_saving_and_loading_gives_the_same_bits(tied: bool, tmp_path: Path) -> None:
+    model = make(dtype=torch.float32, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+    ids = torch.randint(VOCAB, (2, 5))
+    for loaded in (
+        M2RNNForCausalLM.from_pretrained(tmp_path),
+        AutoModelForCausalLM.from_pretrained(tmp_path),
+    ):
+        assert isinstance(loaded, M2RNNForCausalLM)
+        assert loaded.state_dict().keys() == model.state_dict().keys()
+        for name, value in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], value), name
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert isinstance(base, M2RNNModel)
+    assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    path = {"_name_or_path": ""}
+    assert AutoConfig.from_pretrained(tmp_path).to_dict() | path == model.config.to_dict() | path
+
+
+def test_tied_head_is_the_embedding() -> None:
+    model = make(tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert make().lm_head.weight is not make().model.embed_tokens.weight
+    ids = torch.randint(VOCAB, (2, 5))
+    model(ids, labels=ids).loss.backward()
+    assert model.lm_head.weight.grad is model.model.embed_tokens.weight.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_forget_gate_stays_float32_when_loaded_in_16_bits(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = make(dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    half = make(dtype=torch.float32).to(dtype)
+    half.save_pretrained(tmp_path / "half")
+    for loaded in (
+        M2RNNForCausalLM.from_pretrained(tmp_path, dtype=dtype),
+        M2RNNForCausalLM.from_pretrained(tmp_path / "half"),
+        M2RNNForCausalLM.from_pretrained(tmp_path / "half", dtype="auto"),
+        half,
+        M2RNNForCausalLM._from_config(config(), dtype=dtype),
+    ):
+        gate = {id(p) for block in loaded.model.layers[:1] for p in block.mixer.decay_gate.parameters()}
+        for name, parameter in loaded.named_parameters():
+            assert parameter.dtype == (torch.float32 if id(parameter) in gate else dtype), name
+    for name, value in model.model.layers[0].mixer.decay_gate.named_parameters():
+        loaded_value = (
+            M2RNNForCausalLM.from_pretrained(tmp_path, dtype=dtype).model.layers[0].mixer.decay_gate
+        )
+        assert torch.equal(dict(loaded_value.named_parameters())[name], value)
+
+
+def test_weight_decay_spares_the_gate_and_the_residual() -> None:
+    names = make().no_weight_decay()
+    mixer = "model.layers.0.mixer"
+    assert names == {f"{mixer}.D", f"{mixer}.decay_gate.A_log", f"{mixer}.decay_gate.dt_bias"}
+    options = {"m2rnn": {"num_heads": 2, "residual": False}}
+    assert not any(name.endswith(".D") for name in make("m2rnn", mixer_options=options).no_weight_decay())
+
+
+def test_config_file_is_plain_json(tmp_path: Path) -> None:
+    config("hybrid").save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["model_type"] == "m2rnn"
+    assert saved["mixers"] == ["m2rnn", "attention", "gru"]
+    assert saved["mixer_options"]["m2rnn"]["key_dim"] == 4

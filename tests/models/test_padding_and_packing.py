@@ -1,0 +1,165 @@
+"""Padding and packing give each sequence's own hidden states, loss and gradients, whatever their pattern."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from m2rnn.models import M2RNNForCausalLM
+from tests.models.small import CONFIGS, VOCAB, make
+from tests.tolerances import assert_close
+
+LENGTHS = [5, 1, 3, 7]
+
+
+def sequences() -> list[Tensor]:
+    return [torch.randint(VOCAB, (1, length)) for length in LENGTHS]
+
+
+def padded(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+    """A batch with junk in the padding, and its mask; ``interior`` puts holes anywhere, ends included."""
+    width = max(LENGTHS) + 2
+    ids = torch.randint(VOCAB, (len(rows), width))
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for n, row in enumerate(rows):
+        places = {
+            "right": torch.arange(row.shape[1]),
+            "left": torch.arange(width - row.shape[1], width),
+            "interior": torch.randperm(width)[: row.shape[1]].sort().values,
+        }[side]
+        ids[n, places] = row[0]
+        mask[n, places] = 1
+    return ids, mask
+
+
+def gradients(model: M2RNNForCausalLM, output: Tensor) -> dict[str, Tensor]:
+    cotangent = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(0))
+    names, parameters = zip(*model.model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(output, parameters, cotangent), strict=True))
+
+
+def assert_same(model: M2RNNForCausalLM, output: Tensor, expected: Tensor) -> None:
+    assert_close(output, expected, torch.float64, "output")
+    reference = gradients(model, expected)
+    for name, gradient in gradients(model, output).items():
+        assert_close(gradient, reference[name], torch.float64, "gradient", name)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "interior"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_padded_rows_equal_each_sequence_alone(name: str, side: str) -> None:
+    model, rows = make(name), sequences()
+    expected = torch.cat([model.model(row).last_hidden_state[0] for row in rows])
+    ids, mask = padded(rows, side)
+    hidden = model.model(ids, attention_mask=mask).last_hidden_state
+    assert hidden[mask == 0].abs().max() == 0
+    assert_same(model, hidden[mask == 1], expected)
+
+
+@pytest.mark.parametrize("how", ["cu_seq_lens_q", "position_ids", "cu_seq_lens_q beside a mask"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_row_equals_each_sequence_alone(name: str, how: str) -> None:
+    model, rows = make(name), sequences()
+    expected = torch.cat([model.model(row).last_hidden_state[0] for row in rows])
+    packed = torch.cat(rows, 1)
+    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0)
+    arguments = {
+        "cu_seq_lens_q": {"cu_seq_lens_q": cu_seqlens.int(), "cu_seq_lens_k": cu_seqlens, "max_length_q": 7},
+        "position_ids": {"position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None]},
+        "cu_seq_lens_q beside a mask": {
+            "cu_seq_lens_q": cu_seqlens,
+            "attention_mask": torch.zeros_like(packed),
+        },
+    }[how]
+    assert_same(model, model.model(packed, **arguments).last_hidden_state[0], expected)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_mask_of_ones_and_given_positions_change_nothing(name: str) -> None:
+    model = make(name)
+    ids = torch.randint(VOCAB, (2, 6))
+    expected = model.model(ids).last_hidden_state
+    mask = torch.ones_like(ids)
+    assert torch.equal(model.model(ids, attention_mask=mask).last_hidden_state, expected)
+    positions = torch.arange(6)[None]
+    assert_close(
+        model.model(ids, position_ids=positions).last_hidden_state, expected, torch.float64, "output"
+    )
+    ids, mask = padded(sequences(), "left")
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    given_positions = model.model(ids, attention_mask=mask, position_ids=positions).last_hidden_state
+    assert_close(
+        given_positions, model.model(ids, attention_mask=mask).last_hidden_state, torch.float64, "output"
+    )
+
+
+@pytest.mark.parametrize("side", ["left", "right", "interior"])
+def test_hidden_states_of_every_layer_are_padded_alike(side: str) -> None:
+    model, rows = make("hybrid"), sequences()
+    ids, mask = padded(rows, side)
+    layers = model(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    expected = [model(row, output_hidden_states=True).hidden_states for row in rows]
+    assert len(layers) == model.config.num_hidden_layers + 1
+    for layer, hidden in enumerate(layers):
+        alone = torch.cat([states[layer][0] for states in expected])
+        assert_close(hidden[mask == 1], alone, torch.float64, "output")
+    assert torch.equal(layers[-1], model.model(ids, attention_mask=mask).last_hidden_state)
+
+
+def test_rows_that_are_all_padding_give_finite_gradients() -> None:
+    model = make("hybrid")
+    ids = torch.randint(VOCAB, (3, 4))
+    for mask in (torch.zeros_like(ids), torch.tensor([[0] * 4, [0, 1, 1, 0], [0] * 4])):
+        model.zero_grad()
+        model.model(ids, attention_mask=mask).last_hidden_state.square().sum().backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@settings(max_examples=8)
+@given(st.data())
+def test_cached_calls_with_holes_equal_the_whole(name: str, data: st.DataObject) -> None:
+    """Prefill, then any number of pieces, each with its own padding anywhere, against each sequence alone."""
+    model = make(name)
+    batch = 3
+    widths = data.draw(st.lists(st.integers(1, 3), min_size=2, max_size=5))
+    holes = st.lists(st.booleans(), min_size=batch * sum(widths), max_size=batch * sum(widths))
+    mask = torch.tensor(data.draw(holes)).view(batch, -1)
+    ids = torch.randint(VOCAB, mask.shape)
+    whole_mask = data.draw(st.booleans())
+    cache, pieces, start = None, [], 0
+    with torch.no_grad():
+        for width in widths:
+            now = slice(0 if whole_mask else start, start + width)
+            outputs = model.model(
+                ids[:, start : start + width],
+                attention_mask=mask[:, now],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = outputs.past_key_values
+            pieces.append(outputs.last_hidden_state)
+            start += width
+        hidden = torch.cat(pieces, 1)
+        assert cache.get_seq_length() == start
+        for n in range(batch):
+            if mask[n].any():
+                alone = model.model(ids[n, mask[n]][None]).last_hidden_state[0]
+                assert_close(hidden[n, mask[n]], alone, torch.float64, "output")
+
+
+def test_contradictory_inputs_are_refused() -> None:
+    model = make("hybrid")
+    ids = torch.randint(VOCAB, (2, 4))
+    with pytest.raises(ValueError, match="packs the sequences of one row, got a batch of 2"):
+        model(ids, cu_seq_lens_q=torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match=r"attention_mask must be \[2, 4\]"):
+        model(ids, attention_mask=torch.ones(2, 5))
+    with pytest.raises(ValueError, match=r"attention_mask must be \[2, 4\]"):
+        model(ids, attention_mask=torch.ones(2, 1, 4, 4))
+    for arguments in ({}, {"input_ids": ids, "inputs_embeds": torch.zeros(2, 4, 16)}):
+        with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+            model(**arguments)
+    with pytest.raises(ValueError, match="must be an M2RNNCache, got tuple"):
+        model(ids, past_key_values=())
