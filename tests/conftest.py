@@ -55,10 +55,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 )
                 for name, reason in available_backends().items()
             ],
+            scope="session",
         )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device(backend: str) -> str:
     """Where the tensors of a test of ``backend`` live."""
     return "cuda" if backend in ("triton", "cuda") else "cpu"

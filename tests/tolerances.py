@@ -46,8 +46,9 @@ def assert_close(
     difference = (x - ref).abs().nan_to_num(nan=math.inf)
     worst = tuple(int(i) for i in torch.unravel_index(difference.argmax(), difference.shape))
     raise AssertionError(
-        f"{name}: relative error {error:.3g} over the {kind} tolerance {tolerance:g} of "
-        f"{str(dtype)[6:]} (×{error / tolerance:.3g}), shape {tuple(x.shape)}; worst at {worst}: "
-        f"{x[worst]:.9g}, reference {ref[worst]:.9g}; not finite: {int((~x.isfinite()).sum())} of "
-        f"{x.numel()}, in the reference {int((~ref.isfinite()).sum())}; norm {x.norm():.6g}, reference {ref.norm():.6g}"
+        f"{name}: relative error {error:.3g} over the {kind} tolerance {tolerance:g} of {str(dtype)[6:]} "
+        f"(×{error / tolerance:.3g}), shape {tuple(x.shape)}; "
+        f"worst at {worst}: {x[worst]:.9g}, reference {ref[worst]:.9g}; "
+        f"not finite: {int((~x.isfinite()).sum())}, in the reference {int((~ref.isfinite()).sum())}; "
+        f"norm {x.norm():.6g}, reference {ref.norm():.6g}"
     )

@@ -227,24 +227,18 @@ def truth(case: Case, seed: int = 0) -> dict[str, Tensor]:
 
 
 def make_long(dtype: torch.dtype, *, device: str = "cpu") -> Problem:
-    """``LONG`` with numbers that float64, float32, bfloat16 and float16 all hold, so that they share one truth."""
+    """``LONG`` with numbers that all four dtypes hold exactly, so that they share one truth."""
     problem = make_problem(LONG, device=device)
-    gates = torch.float64 if dtype == torch.float64 else torch.float32
-    state = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = torch.float64 if dtype == torch.float64 else torch.float32  # of the gates and states
 
     def convert(name: str, x: Tensor) -> Tensor:
-        if name in ("f", "weight", "initial_state", "final_state"):
-            return (
-                x.detach()
-                .float()
-                .to(state if name.endswith("state") else gates)
-                .requires_grad_(x.requires_grad)
-            )
-        return x.detach().bfloat16().half().to(dtype).requires_grad_(x.requires_grad)
+        is_wide = name in ("f", "weight", "initial_state", "final_state")
+        converted = x.detach().float().to(wide) if is_wide else x.detach().bfloat16().half().to(dtype)
+        return converted.requires_grad_(x.requires_grad)
 
     return replace(
         problem,
-        case=replace(LONG, dtype=dtype, gates=gates),
+        case=replace(LONG, dtype=dtype, gates=wide),
         inputs={name: convert(name, x) for name, x in problem.inputs.items()},
         cotangents={name: convert(name, x) for name, x in problem.cotangents.items()},
     )

@@ -189,12 +189,12 @@ def test_state_split_in_two_calls_equals_one(backend: str, device: str) -> None:
     check(results, truth(case), case)
 
 
-def test_infinite_preactivation_saturates(backend: str, device: str) -> None:
-    """k vᵀ = ±inf gives tanh = ±1, not NaN."""
-    ones = torch.ones(1, 3, 1, 1, device=device)
-    v = torch.tensor([torch.inf, -torch.inf, torch.inf], device=device).reshape(1, 3, 1, 1)
+def test_overflowing_preactivation_saturates(backend: str, device: str) -> None:
+    """k vᵀ beyond float32 gives tanh = ±1, not NaN."""
+    huge = torch.full((1, 3, 1, 1), 1e30, device=device)
+    v = torch.tensor([1e30, -1e30, 1e30], device=device).reshape(1, 3, 1, 1)
     f, weight = torch.full((1, 3, 1), 0.5, device=device), torch.ones(1, 1, 1, device=device)
-    y, _ = m2rnn_scan(ones, ones, v, f, weight, backend=backend)
+    y, _ = m2rnn_scan(torch.ones_like(huge), huge, v, f, weight, backend=backend)
     assert y.flatten().tolist() == [0.5, -0.25, 0.375]
 
 
