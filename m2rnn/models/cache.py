@@ -64,21 +64,26 @@ class M2RNNCache(Cache):
         super().reset()  # type: ignore[no-untyped-call]
         self.steps = 0
 
+    @property
+    def is_croppable(self) -> bool:
+        return all(layer.is_croppable for layer in self.layers)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens of every sequence.
 
+        A positive number is what to keep, as in earlier versions of transformers.
+
         Raises:
-            ValueError: for a positive number, or if a layer is recurrent: it keeps no earlier state.
+            ValueError: if a layer is recurrent: it keeps no earlier state.
         """
-        if tokens_to_remove > 0:
-            raise ValueError(f"tokens_to_remove must be negative or zero, got {tokens_to_remove}")
-        if tokens_to_remove == 0:
+        removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.steps - tokens_to_remove)
+        if removed == 0:
             return
         if not self.is_croppable:
             raise ValueError("a cache with recurrent layers cannot be cropped: they keep no earlier states")
         for layer in self.layers:
-            layer.crop(-tokens_to_remove)
-        self.steps = max(0, self.steps + tokens_to_remove)
+            layer.crop(removed)
+        self.steps = max(0, self.steps - removed)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)

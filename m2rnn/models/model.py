@@ -298,10 +298,10 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        if generation_config.cache_implementation is not None:
+        kind = generation_config.cache_implementation
+        if kind is not None and not kind.startswith("dynamic"):
             raise ValueError(
-                f"cache_implementation must be None, got {generation_config.cache_implementation!r}: "
-                "the model makes its own cache"
+                f"cache_implementation must be None, got {kind!r}: the model makes its own cache"
             )
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = M2RNNCache(self.config.num_hidden_layers)
