@@ -272,8 +272,8 @@ def test_changing_an_input_before_backward_is_an_error(backend: str, device: str
     inputs = {
         name: x.detach().clone() for name, x in make_problem(Case(time=9), device=device).inputs.items()
     }
-    weight = inputs.pop("weight").requires_grad_()
-    y, _ = m2rnn_scan(**inputs, weight=weight, backend=backend)
+    inputs["k"].requires_grad_()
+    y, _ = m2rnn_scan(**inputs, backend=backend)
     inputs["v"].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
