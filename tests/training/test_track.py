@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from m2rnn.training.curriculum import Curriculum
+from m2rnn.training.curriculum import Curriculum, Progress
 from m2rnn.training.run_folder import RunFolderError, run_folder
 from m2rnn.training.track import build_config, build_model, train
 from m2rnn.training.track_settings import SettingsError, TrackSettings
@@ -50,17 +50,13 @@ def test_killed_runs_end_with_the_same_bytes(tmp_path, undisturbed, seed):
     assert not leftovers
 
 
-def test_ctrl_c_saves_says_how_to_resume_and_resumes(tmp_path):
-    def command(out: Path) -> list[str]:
-        sizes = ["hidden_size=8", "mixer_options={m2rnn: {value_dim: 4}}"]
-        options = f"--group parity --train-length 6 --steps 150 --batch-size 4 --out {out}"
-        options += " --test-lengths 8 --test-sequences 4"
-        command = [sys.executable, "-m", "m2rnn.cli", "track", *options.split()]
-        return command + [f"--model={size}" for size in sizes]
-
-    log = tmp_path / "stopped" / "log.jsonl"
-    arguments = {"env": ENVIRONMENT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command(tmp_path / "stopped"), **arguments) as process:
+def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(tmp_path):
+    settings = TrackSettings(group="parity", model=TINY, train_length=6, steps=2000, batch_size=4)
+    log = tmp_path / "log.jsonl"
+    options = "--group parity --train-length 6 --steps 2000 --batch-size 4 --device cpu"
+    sizes = [f"--model={name}={json.dumps(value)}" for name, value in TINY.items()]
+    command = [sys.executable, "-m", "m2rnn.cli", "track", "--out", str(tmp_path), *options.split(), *sizes]
+    with subprocess.Popen(command, env=ENVIRONMENT, text=True, stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 60
         while not log.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -70,14 +66,36 @@ def test_ctrl_c_saves_says_how_to_resume_and_resumes(tmp_path):
     assert "the same command resumes" in errors
     assert "Traceback" not in errors
     stopped_at = len(log.read_text().splitlines())
-    assert 0 < stopped_at < 150
-    assert list((tmp_path / "stopped" / "checkpoints").glob(f"step-*{stopped_at}"))
+    assert 0 < stopped_at < 2000
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{stopped_at:08d}"]
+    with run_folder(tmp_path, settings.as_json()):
+        pass
 
-    for name in ("stopped", "whole"):
-        done = subprocess.run(command(tmp_path / name), **arguments, timeout=60)
-        assert done.returncode == 0, done.stderr
-        assert "parity" not in done.stderr
-    assert log.read_bytes() == (tmp_path / "whole" / "log.jsonl").read_bytes()
+
+def test_an_interrupted_run_resumes_to_the_same_log_and_weights(tmp_path, monkeypatch):
+    settings = TrackSettings(group="parity", model=TINY, train_length=6, steps=9, batch_size=4)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole.mkdir()
+    stopped.mkdir()
+    expected = train(settings, whole)
+
+    original = Curriculum.after
+
+    def press_ctrl_c(curriculum: Curriculum, progress: Progress, loss: float) -> Progress:
+        if progress.step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return original(curriculum, progress, loss)
+
+    monkeypatch.setattr(Curriculum, "after", press_ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, stopped)
+    monkeypatch.undo()
+    assert len((stopped / "log.jsonl").read_text().splitlines()) == 5
+    resumed = train(settings, stopped)
+    assert resumed.progress == expected.progress
+    assert (stopped / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
+    for a, b in zip(resumed.model.parameters(), expected.model.parameters(), strict=True):
+        assert (a == b).all()
 
 
 def test_a_log_shorter_than_the_checkpoint_is_refused(tmp_path):
@@ -95,7 +113,7 @@ def test_the_log_tells_every_step_and_no_time(tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert set(lines[0]) == {"step", "length", "loss", "smoothed_loss", "learning_rate", "gradient_norm"}
     assert result.outcome == "step limit"
-    # The first loss is that of the untrained model on the first batch: targets stand where their inputs stand.
+    # The first loss is the untrained model's on the first batch: targets stand where their inputs stand.
     batch = settings.problem().batch("train", 0, 2, 4)
     with torch.no_grad():
         logits = build_model(settings).train()(torch.from_numpy(batch.inputs)).logits

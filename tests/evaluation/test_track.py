@@ -1,0 +1,121 @@
+"""`track` leaves a model that others can use, results that can be read, and a plot."""
+
+import json
+from itertools import pairwise, permutations, product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from transformers import AutoModelForCausalLM
+
+from m2rnn.evaluation import track as tracking
+from m2rnn.evaluation.track_report import runs_of, table
+from m2rnn.models import M2RNNForCausalLM
+from m2rnn.training.run_folder import RunFolderError
+from m2rnn.training.track_settings import SettingsError, TrackSettings
+
+TINY = {"hidden_size": 8, "mixer_options": {"m2rnn": {"value_dim": 4}}}
+QUICK = TrackSettings(
+    model=TINY, train_length=4, steps=2, batch_size=2, test_lengths=(4, 8), test_sequences=6
+)
+
+
+@pytest.fixture(scope="module")
+def solved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that learnt S3 on sequences of up to 5 tokens."""
+    folder = tmp_path_factory.mktemp("solved")
+    settings = TrackSettings(group="S3", train_length=5, steps=1000, test_lengths=(5, 40), test_sequences=50)
+    results = tracking.track(settings, folder)
+    assert results["training"]["outcome"] == "solved"
+    return folder
+
+
+def test_the_saved_model_predicts_sequences_that_others_made(solved):
+    elements = list(permutations(range(3)))
+    sequences = list(product(range(6), repeat=4))
+    expected = []
+    for sequence in sequences:
+        points, targets = (0, 1, 2), []
+        for number in sequence:
+            points = tuple(elements[number][point] for point in points)
+            targets.append(elements.index(points))
+        expected.append(targets)
+    for model_class in (M2RNNForCausalLM, AutoModelForCausalLM):
+        model = model_class.from_pretrained(solved / "model").eval()
+        with torch.no_grad():
+            predictions = model(torch.tensor(sequences)).logits.argmax(-1)
+        assert (predictions == torch.tensor(expected)).double().mean() > 0.999
+
+
+def test_results_hold_what_is_needed_to_judge_and_repeat_a_run(solved):
+    results = json.loads((solved / "results.json").read_text())
+    assert results["settings"]["group"] == "S3"
+    model = M2RNNForCausalLM.from_pretrained(solved / "model")
+    assert results["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert results["chance"] == 1 / 6
+    assert results["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert results["hardware"]["threads"] == torch.get_num_threads()
+    assert results["training"]["step"] < 1000
+    for length in (5, 40):
+        accuracy = results["accuracy"][str(length)]
+        buckets = accuracy["by_position"]
+        assert [buckets[0]["start"], buckets[-1]["stop"]] == [0, length]
+        assert all(a["stop"] == b["start"] for a, b in pairwise(buckets))
+        sizes = np.array([bucket["stop"] - bucket["start"] for bucket in buckets])
+        values = np.array([bucket["accuracy"] for bucket in buckets])
+        assert accuracy["all"] == pytest.approx((sizes * values).sum() / length)
+    assert results["accuracy"]["5"]["all"] > 0.99
+
+
+def test_a_finished_run_is_read_and_not_repeated(solved, monkeypatch):
+    monkeypatch.setattr(tracking, "train", None)
+    settings = TrackSettings(group="S3", train_length=5, steps=1000, test_lengths=(5, 40), test_sequences=50)
+    assert tracking.track(settings, solved) == json.loads((solved / "results.json").read_text())
+
+
+def test_the_score_is_that_of_the_test_split_in_batches_of_any_size(solved, monkeypatch):
+    model = M2RNNForCausalLM.from_pretrained(solved / "model").eval()
+    settings = TrackSettings(group="S3", test_sequences=50)
+    whole = tracking.score_model(model, settings, 40)
+    monkeypatch.setattr(tracking, "TOKENS_PER_BATCH", 7 * 40)
+    assert tracking.score_model(model, settings, 40).by_position() == pytest.approx(whole.by_position())
+    inputs, targets = settings.problem().batch("test", 0, 50, 40)
+    with torch.no_grad():
+        right = model(torch.from_numpy(inputs)).logits.argmax(-1).numpy() == targets
+    assert whole.accuracy() == right.mean()
+    assert whole.sequences == 50
+
+
+def test_a_comparison_puts_every_mixer_into_one_table_and_one_plot(tmp_path):
+    mixers = ["m2rnn", "gru", "attention"]
+    settings = TrackSettings(train_length=4, steps=2, batch_size=2, test_lengths=(4, 8), test_sequences=6)
+    results = tracking.compare(settings, mixers, tmp_path)
+    assert list(results["runs"]) == mixers
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    for mixer in mixers:
+        assert json.loads((tmp_path / mixer / "results.json").read_text()) == results["runs"][mixer]
+        assert (tmp_path / mixer / "model" / "model.safetensors").exists()
+    rows = [line.split()[:2] for line in table(runs_of(results)).splitlines()[1:7]]
+    assert rows == [[mixer, length] for mixer in mixers for length in ("4", "8")]
+    image = imread(tmp_path / "accuracy-by-length.png")
+    assert min(image.shape[:2]) > 400
+    assert len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 10  # lines of several colours
+    assert tracking.compare(settings, mixers, tmp_path) == results
+    with pytest.raises(RunFolderError, match="mixer"):
+        tracking.compare(settings, ["m2rnn"], tmp_path)
+
+
+def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    with pytest.raises(SettingsError, match="compare 'gru,gru'"):
+        tracking.compare(QUICK, ["gru", "gru"], folder)
+    with pytest.raises(SettingsError, match="mixer 'lstm'"):
+        tracking.compare(TrackSettings(), ["gru", "lstm"], folder)
+    with pytest.raises(SettingsError, match="device 'abacus'"):
+        tracking.track(TrackSettings(device="abacus"), folder)
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match=r"pip install 'm2rnn\[plot\]'"):
+        tracking.track(QUICK, folder)
+    assert not folder.exists()

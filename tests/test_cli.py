@@ -1,0 +1,112 @@
+"""The command line: help that is enough and fast, and no traceback for a user's mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from m2rnn import cli
+from m2rnn.training.track_settings import TrackSettings
+
+ROOT = Path(__file__).parent.parent
+QUICK = [
+    "--train-length=4",
+    "--steps=2",
+    "--batch-size=2",
+    "--test-lengths=4,8",
+    "--test-sequences=6",
+    "--model=hidden_size=8",
+    "--device=cpu",
+]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, ["track", *map(str, arguments)])
+
+
+def test_help_names_every_option_and_imports_no_torch():
+    code = """if True:
+        import sys
+        from m2rnn import cli
+        try:
+            cli.app(["track", "--help"])
+        finally:
+            print("torch" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    for option in ("--group", "--mixer", "--compare", "--train-length", "--test-lengths", "--overwrite"):
+        assert option in done.stdout
+
+
+def test_a_run_prints_its_table_and_running_it_again_prints_the_same(tmp_path):
+    first = run("--out", tmp_path, *QUICK)
+    assert first.exit_code == 0, first.output
+    assert "compiling kernels" in first.stdout
+    for length in ("4", "8"):
+        assert any(line.split()[:2] == ["m2rnn", length] for line in first.stdout.splitlines())
+    again = run("--out", tmp_path, *QUICK)
+    assert again.exit_code == 0
+    assert again.stdout in first.stdout
+    assert "last quarter" in again.stdout
+
+
+def test_options_become_settings(tmp_path):
+    options = ["--group=Z5", "--inputs=generators", "--mixer=gru", "--no-curriculum", "--seed=3"]
+    options += ["--learning-rate=0.01"]
+    assert run("--out", tmp_path, *QUICK, *options).exit_code == 0
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    expected = TrackSettings(
+        group="Z5",
+        inputs="generators",
+        mixer="gru",
+        model={"hidden_size": 8},
+        train_length=4,
+        curriculum=False,
+        steps=2,
+        batch_size=2,
+        learning_rate=0.01,
+        seed=3,
+        test_lengths=(4, 8),
+        test_sequences=6,
+    )
+    assert settings == expected.as_json()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--group=S9"], "group 'S9'"),
+        (["--mixer=lstm"], "mixer 'lstm'"),
+        (["--compare=m2rnn,lstm"], "mixer 'lstm'"),
+        (["--compare=m2rnn,m2rnn"], "expected each mixer once"),
+        (["--test-lengths=8,x"], "test_lengths '8,x'"),
+        (["--test-lengths=8,4"], "test_lengths '8,4'"),
+        (["--test-lengths="], "test_lengths ''"),
+        (["--train-length=0"], "train_length 0"),
+        (["--inputs=some"], "inputs 'some'"),
+        (["--model=hidden_size"], "model 'hidden_size'"),
+        (["--model=hidden_size=[8"], "model 'hidden_size=[8'"),
+        (["--model=no_such_field=1"], "model 'no_such_field'"),
+        (["--device=abacus"], "device 'abacus'"),
+        (["--steps=many"], "--steps"),
+        (["--out=/dev/null"], "cannot write to /dev/null"),
+    ],
+)
+def test_a_mistake_is_named_without_a_traceback(tmp_path, options, message):
+    result = run("--out", tmp_path, *QUICK, *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert isinstance(result.exception, SystemExit)
+
+
+def test_other_settings_in_the_same_folder_need_overwrite(tmp_path):
+    assert run("--out", tmp_path, *QUICK).exit_code == 0
+    refused = run("--out", tmp_path, *QUICK, "--seed", 1)
+    assert refused.exit_code == 2
+    assert "seed = 0, not 1" in refused.stderr
+    assert run("--out", tmp_path, *QUICK, "--seed", 1, "--overwrite").exit_code == 0
