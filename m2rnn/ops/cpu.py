@@ -20,7 +20,7 @@ from torch import Tensor
 
 from m2rnn.ops import cpu_kernels as kernels
 from m2rnn.ops import simd
-from m2rnn.ops.reference import compute_dtype, output_dtype
+from m2rnn.ops.shapes import chunk_length, head_count, output_dtype, saved_states, state_dtype
 
 UNITS = 64  # pieces to cut the work into: enough for any laptop, and a fixed number keeps the bits the same
 CALLS_PER_THREAD = 4  # so that a thread that is late leaves work for the others
@@ -78,7 +78,6 @@ class _Plan:
     dtype: torch.dtype  # of the state
     chunk: int
     sequences: np.ndarray  # see the columns in cpu_kernels
-    saved: int  # states saved for the backward pass
     units: np.ndarray  # see the columns in cpu_kernels
     head_groups: int
     row_blocks: int
@@ -86,7 +85,7 @@ class _Plan:
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> Self:
         counts = [x.shape[2] for x in (q, k, v, f)]
-        heads = max(*counts, weight.shape[0])
+        heads = head_count(q, k, v, f, weight)
         key_dim, value_dim = q.shape[3], v.shape[3]
         if cu_seqlens is None:
             lengths = np.full(q.shape[0], q.shape[1], np.int64)
@@ -95,8 +94,7 @@ class _Plan:
             bounds = cu_seqlens.numpy().astype(np.int64)
             lengths, starts = np.diff(bounds), bounds[:-1]
             batch = np.zeros_like(lengths)
-        # about √T steps between saved states makes T/C + C smallest; a power of two
-        chunk = min(64, max(16, 1 << round(math.log2(max(lengths.max(initial=0), 1)) / 2)))
+        chunk = chunk_length(q.shape[1])
         saved = np.maximum(-(-lengths // chunk) - 1, 0)
         sequences = np.stack([batch, starts, lengths, np.cumsum(saved) - saved], axis=1)
 
@@ -121,9 +119,9 @@ class _Plan:
             for g in range(head_groups)
         ]
         table = np.array(units, np.int64).reshape(-1, kernels.UNIT_COLUMNS)
-        dtype = compute_dtype(q, k, v, f, weight)
+        dtype = state_dtype(q, k, v, f, weight)
         return cls(
-            heads, key_dim, value_dim, dtype, chunk, sequences, int(saved.sum()), table, head_groups, row_blocks
+            heads, key_dim, value_dim, dtype, chunk, sequences, table, head_groups, row_blocks
         )
 
     @property
@@ -173,12 +171,12 @@ class _Plan:
 
     def flat(self, x: Tensor | None) -> np.ndarray:
         """A dense view or copy in the state's dtype; empty for None."""
-        return torch.empty(0, dtype=self.dtype).numpy() if x is None else x.to(self.dtype).contiguous().view(-1).numpy()
+        return torch.empty(0, dtype=self.dtype).numpy() if x is None else x.to(self.dtype).contiguous().detach().view(-1).numpy()
 
     def padded_weight(self, weight: Tensor) -> np.ndarray:
         padded = weight.new_zeros(weight.shape[0], self.width, self.width, dtype=self.dtype)
         padded[:, : self.value_dim, : self.value_dim] = weight
-        return padded.view(-1).numpy()
+        return padded.detach().view(-1).numpy()
 
 
 class _Output:
@@ -216,7 +214,8 @@ def forward(
     """``(y, final state, saved states)``: the saved states [n, H, K, V] are where ``backward`` starts its chunks."""
     plan = _Plan.of(q, k, v, f, weight, cu_seqlens)
     final = torch.empty(len(plan.sequences), *plan.state_shape, dtype=plan.dtype)
-    saved = torch.empty(plan.saved if save else 0, *plan.state_shape, dtype=plan.dtype)
+    count = saved_states(q.shape[0], q.shape[1], cu_seqlens is not None) if save else 0
+    saved = torch.zeros(count, *plan.state_shape, dtype=plan.dtype)  # packed sequences leave some of it unused
     y = _Output(plan, torch.Size((*v.shape[:2], plan.heads, plan.value_dim)), output_dtype(q, k, v), by_row=False)
     _run(
         kernels.forward, plan.units, plan.scratch(backward=False),

@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit
 
 from m2rnn.ops import simd
-from m2rnn.ops.simd import element, fma, load, store, tanh, total, zeros_like
+from m2rnn.ops.simd import element, fma, load, put, store, tanh, total, zeros_like
 
 # Columns of ``tensors``, all integers: the address of element 0, the dtype's code, strides in elements, how many heads
 # share one of the tensor's, whether the channels are the state's rows (else: how many there are, and padded), and for
@@ -36,6 +36,15 @@ HEADS, KEY_DIM, VALUE_DIM, WIDTH, CHUNK, WEIGHT_REPEAT, SIZES = range(7)
 ROWS = 4  # state rows that one block of accumulators covers
 FLOAT32, FLOAT64, BFLOAT16 = simd.FLOAT32, simd.FLOAT64, simd.BFLOAT16
 VECTOR_BYTES = simd.VECTOR_BYTES
+
+
+def _aligned_zeros(sizes: list[int], dtype: Any) -> list[np.ndarray]:
+    """Arrays of the given sizes, each on a cache line of its own: vectors that straddle two lines cost twice."""
+    lanes = VECTOR_BYTES // np.dtype(dtype).itemsize
+    starts = np.cumsum([0, *(-(-size // lanes) * lanes for size in sizes)]).tolist()
+    memory = np.zeros(starts[-1] + lanes, dtype)
+    shift = -memory.ctypes.data % VECTOR_BYTES // memory.itemsize
+    return [memory[shift + start : shift + start + size] for start, size in zip(starts[:-1], sizes, strict=True)]
 
 
 class Scratch(NamedTuple):
@@ -62,7 +71,7 @@ class Scratch(NamedTuple):
         sizes += [(chunk + 1) * state, chunk * state] if backward else [state, state]
         gradients = [chunk * rows, chunk * rows, chunk * width, chunk, state, width * width]
         sizes += gradients if backward else [0] * len(gradients)
-        return cls(*(np.zeros(size, dtype) for size in sizes))
+        return cls(*_aligned_zeros(sizes, dtype))
 
 
 def _jit(function: Any) -> Any:
@@ -78,30 +87,40 @@ def _call(function: Any) -> Any:
     return njit(nogil=True, error_model="numpy")(function)
 
 
-@_call
-def _stage(out, tensor, unit, batch, start, steps, head):
-    """Copy ``steps`` time steps of one head into ``out``, converted and with room for the padding."""
+@_inline
+def _place(tensor, unit):
+    """(first channel, channels, padded channels, bytes an element) of a tensor's part that belongs to a unit."""
     first, count, width = 0, tensor[CHANNELS], tensor[PADDED]
     if tensor[BY_ROW]:
         first, count = unit[FIRST_ROW], unit[LAST_ROW] - unit[FIRST_ROW]
         width = (count + ROWS - 1) // ROWS * ROWS
     dtype = tensor[DTYPE]
-    size = 4 if dtype == FLOAT32 else 8 if dtype == FLOAT64 else 2
+    return first, count, width, 4 if dtype == FLOAT32 else 8 if dtype == FLOAT64 else 2
+
+
+@_call
+def _stage(out, tensor, unit, batch, start, steps, head):
+    """Copy ``steps`` time steps of one head into ``out``, converted and padded with zeros."""
+    first, count, width, size = _place(tensor, unit)
+    dtype, stride = tensor[DTYPE], size * tensor[CHANNEL]
     origin = batch * tensor[BATCH] + head // tensor[REPEAT] * tensor[HEAD] + first * tensor[CHANNEL]
-    stride = size * tensor[CHANNEL]
     for t in range(steps):
         address = tensor[ADDRESS] + size * (origin + (start + t) * tensor[TIME])
-        for i in range(count):
-            if dtype == FLOAT32:
-                out[t * width + i] = simd.read_float32(address + i * stride)
-            elif dtype == FLOAT64:
-                out[t * width + i] = simd.read_float64(address + i * stride)
-            elif dtype == BFLOAT16:
-                out[t * width + i] = simd.read_bfloat16(address + i * stride)
-            else:
-                out[t * width + i] = simd.read_float16(address + i * stride)
+        to = t * width
+        if dtype == FLOAT32:
+            for i in range(count):
+                put(out, to + i, simd.read_float32(address + i * stride))
+        elif dtype == FLOAT64:
+            for i in range(count):
+                put(out, to + i, simd.read_float64(address + i * stride))
+        elif dtype == BFLOAT16:
+            for i in range(count):
+                put(out, to + i, simd.read_bfloat16(address + i * stride))
+        else:
+            for i in range(count):
+                put(out, to + i, simd.read_float16(address + i * stride))
         for i in range(count, width):
-            out[t * width + i] = 0
+            put(out, to + i, 0.0)
 
 
 @_call
@@ -111,32 +130,34 @@ def _unstage(out, tensor, unit, batch, start, steps, head):
     Where several units contribute to an element (units of other rows, or of other heads that share it), each has a
     slot of its own; heads of one unit that share it are added, one after the other.
     """
-    first, count, width = 0, tensor[CHANNELS], tensor[PADDED]
-    if tensor[BY_ROW]:
-        first, count = unit[FIRST_ROW], unit[LAST_ROW] - unit[FIRST_ROW]
-        width = (count + ROWS - 1) // ROWS * ROWS
+    first, count, width, size = _place(tensor, unit)
+    dtype, stride = tensor[DTYPE], size * tensor[CHANNEL]
     slot = unit[HEAD_GROUP] % tensor[HEAD_SLOTS] * tensor[ROW_SLOTS] + unit[ROW_BLOCK] % tensor[ROW_SLOTS]
-    dtype = tensor[DTYPE]
-    size = 4 if dtype == FLOAT32 else 8 if dtype == FLOAT64 else 2
     origin = batch * tensor[BATCH] + head // tensor[REPEAT] * tensor[HEAD] + first * tensor[CHANNEL] + slot * tensor[SLOT]
-    stride = size * tensor[CHANNEL]
-    add = tensor[ADD] != 0
     for t in range(steps):
         address = tensor[ADDRESS] + size * (origin + (start + t) * tensor[TIME])
-        for i in range(count):
-            value = out[t * width + i]
+        at = t * width
+        if tensor[ADD]:  # partial sums are in the state's dtype
             if dtype == FLOAT32:
-                if add:
-                    value += simd.read_float32(address + i * stride)
-                simd.write_float32(address + i * stride, value)
-            elif dtype == FLOAT64:
-                if add:
-                    value += simd.read_float64(address + i * stride)
-                simd.write_float64(address + i * stride, value)
-            elif dtype == BFLOAT16:  # 16-bit tensors are only ever written once
-                simd.write_bfloat16(address + i * stride, value)
+                for i in range(count):
+                    sum32 = simd.read_float32(address + i * stride) + element(out, at + i)
+                    simd.write_float32(address + i * stride, sum32)
             else:
-                simd.write_float16(address + i * stride, value)
+                for i in range(count):
+                    sum64 = simd.read_float64(address + i * stride) + element(out, at + i)
+                    simd.write_float64(address + i * stride, sum64)
+        elif dtype == FLOAT32:
+            for i in range(count):
+                simd.write_float32(address + i * stride, element(out, at + i))
+        elif dtype == FLOAT64:
+            for i in range(count):
+                simd.write_float64(address + i * stride, element(out, at + i))
+        elif dtype == BFLOAT16:
+            for i in range(count):
+                simd.write_bfloat16(address + i * stride, element(out, at + i))
+        else:
+            for i in range(count):
+                simd.write_float16(address + i * stride, element(out, at + i))
 
 
 @_inline

@@ -1,17 +1,362 @@
-"""Placeholder until the operator lands: same signature, reference only."""
+"""The public operator: what it computes, validation, backend choice, registration with torch.library, autograd.
+
+``m2rnn::scan`` and ``m2rnn::scan_backward`` are the registered operators; every backend stands behind these two.
+"""
+
+import importlib.util
+import warnings
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from m2rnn.ops import reference
+from m2rnn.ops.shapes import head_count, output_dtype, saved_states, state_dtype
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_BACKENDS = ("reference", "cpu")
 
 
-def available_backends():
-    return {"reference": None}
+def m2rnn_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    f: Tensor,
+    weight: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    state_clip: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The M2RNN recurrence over a batch of sequences.
+
+    For each sequence and head, with a state H of K rows and V columns::
+
+        Z_t = tanh(H_{t-1} W + k_t v_tᵀ)
+        H_t = f_t H_{t-1} + (1 - f_t) Z_t
+        y_t = H_tᵀ q_t
+
+    q, k, v, f and W may each have fewer heads than H, the largest of their head counts, if their count divides H:
+    head n reads source head ``n // (H / count)``. Shared heads are read in place, never expanded.
+
+    Args:
+        q: Queries ``[B, T, Hq, K]``, float64, float32, bfloat16 or float16, any strides; so are k, v and f.
+        k: Keys ``[B, T, Hk, K]``.
+        v: Values ``[B, T, Hv, V]``.
+        f: Forget gates ``[B, T, Hf]`` in [0, 1]; 1 keeps the state. Not checked.
+        weight: State-transition matrices W ``[Hw, V, V]``.
+        initial_state: H_0 ``[B, H, K, V]``, or ``[N, H, K, V]`` for N packed sequences; zeros if None.
+        output_final_state: Whether to return H_T of every sequence.
+        cu_seqlens: Offsets ``[N + 1]`` (int32 or int64) of N sequences packed one after the other along T, from 0 to T;
+            B is 1. Empty sequences are allowed.
+        state_clip: Clamp, in the backward pass, the gradient that reaches H_t from later steps (and from the final
+            state) to [-state_clip, state_clip] elementwise. The gradient that y_t sends is exact.
+        backend: ``"cpu"`` or ``"reference"``; None chooses by the tensors' device.
+
+    Returns:
+        ``(y, final_state)``: y ``[B, T, H, V]`` in the dtype that q, k and v promote to; final_state
+        ``[B or N, H, K, V]``, or None. The state is float32 (float64 if any input is) whatever the inputs' dtype.
+        All are differentiable once.
+
+    Under autocast q, k and v are cast to its dtype; f, W and the state are not, since a forget gate near 1 rounds to 1.
+
+    Raises:
+        ValueError: A shape, dtype, device or value does not fit, or the backend cannot run here.
+
+    Source: M²RNN (arXiv 2603.14360), section 3.
+    """
+    _validate(q, k, v, f, weight, initial_state, cu_seqlens, state_clip, backend)
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    inputs = (q, k, v, f, weight) if initial_state is None else (q, k, v, f, weight, initial_state)
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    clip = None if state_clip is None else float(state_clip)
+    y, final_state, _ = _scan(q, k, v, f, weight, initial_state, cu_seqlens, clip, backend, save)
+    return y, final_state if output_final_state else None
 
 
-def m2rnn_scan(q, k, v, f, weight, *, initial_state=None, output_final_state=False, cu_seqlens=None, state_clip=None, backend=None):
-    y, state = reference.scan(q, k, v, f, weight, initial_state, cu_seqlens, state_clip)
-    return y, state if output_final_state else None
+def m2rnn_step(
+    q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor, state: Tensor, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """One step of the recurrence, for decoding: ``m2rnn_scan`` for a single token, without the time dimension.
 
+    Args:
+        q: Queries ``[B, Hq, K]``; k: keys ``[B, Hk, K]``; v: values ``[B, Hv, V]``; f: forget gates ``[B, Hf]``.
+        k: See q.
+        v: See q.
+        f: See q.
+        weight: State-transition matrices ``[Hw, V, V]``.
+        state: The state before the token ``[B, H, K, V]``; it is not modified.
+        backend: As in ``m2rnn_scan``.
 
-def m2rnn_step(q, k, v, f, weight, state):
-    y, state = reference.scan(q[:, None], k[:, None], v[:, None], f[:, None], weight, state)
+    Returns:
+        ``(y, state)``: y ``[B, H, V]`` and the state after the token ``[B, H, K, V]``.
+
+    Raises:
+        ValueError: As ``m2rnn_scan``, which describes the shapes with a time dimension of 1.
+    """
+    for name, x, dims in (("q", q, 3), ("k", k, 3), ("v", v, 3), ("f", f, 2)):
+        if x.dim() != dims:
+            expected = "[B, heads, channels]" if dims == 3 else "[B, heads]"
+            raise ValueError(f"{name} has shape {list(x.shape)}, expected {expected}")
+    y, state = m2rnn_scan(  # type: ignore[assignment]
+        q[:, None], k[:, None], v[:, None], f[:, None], weight,
+        initial_state=state, output_final_state=True, backend=backend,
+    )  # fmt: skip
     return y[:, 0], state
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend by name, with None if it can run here or else the reason why it cannot."""
+    return {name: _why_unavailable(name) for name in _BACKENDS}
+
+
+@lru_cache
+def _why_unavailable(backend: str) -> str | None:
+    if backend == "cpu" and importlib.util.find_spec("numba") is None:
+        return "numba is not installed: pip install numba"
+    return None
+
+
+@lru_cache
+def _warn_slow(device: str, reason: str) -> None:
+    """Warns once for each reason: the cache remembers."""
+    warnings.warn(f"m2rnn_scan runs the slow reference loop on {device} tensors: {reason}", stacklevel=4)
+
+
+def _resolve(backend: str | None, device: str) -> str:
+    """The backend for tensors of a device type; raises if the one asked for cannot run on them."""
+    if backend is None:
+        if device == "meta":
+            return "reference"
+        if device == "cpu" and _why_unavailable("cpu") is None:
+            return "cpu"
+        _warn_slow(device, _why_unavailable("cpu") or f"there is no kernel for {device} yet")
+        return "reference"
+    if (reason := _why_unavailable(backend)) is not None:
+        raise ValueError(f"backend={backend!r} cannot run: {reason}")
+    if backend == "cpu" and device not in ("cpu", "meta"):
+        raise ValueError(f"backend='cpu' cannot run: the tensors are on {device}")
+    return backend
+
+
+def _kernels() -> ModuleType:
+    from m2rnn.ops import cpu  # numba takes a while to import: only when a kernel runs
+
+    return cpu
+
+
+# ---------------------------------------------------------------------------------------------------- validation
+
+
+def _shape(x: Tensor) -> str:
+    return str(list(x.shape))
+
+
+def _validate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    f: Tensor,
+    weight: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state_clip: float | None,
+    backend: str | None,
+) -> None:
+    if backend is not None and backend not in _BACKENDS:
+        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, _BACKENDS))} or None")
+    layouts = {
+        "q": (q, "[B, T, heads, K]"),
+        "k": (k, "[B, T, heads, K]"),
+        "v": (v, "[B, T, heads, V]"),
+        "f": (f, "[B, T, heads]"),
+        "weight": (weight, "[heads, V, V]"),
+    }
+    if initial_state is not None:
+        layouts["initial_state"] = (initial_state, "[sequences, heads, K, V]")
+    for name, (x, layout) in layouts.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} is a {type(x).__name__}, expected a tensor {layout}")
+        if x.dim() != layout.count(",") + 1:
+            raise ValueError(f"{name} has shape {_shape(x)}, expected {layout}")
+        if x.dtype not in _DTYPES:
+            raise ValueError(f"{name} has dtype {x.dtype}, expected float64, float32, bfloat16 or float16")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, expected {q.device} like q")
+
+    batch, steps, key_dim, value_dim = q.shape[0], q.shape[1], q.shape[3], v.shape[3]
+    for name, x in (("k", k), ("v", v), ("f", f)):
+        if x.shape[0] != batch or x.shape[1] != steps:
+            expected = f"[{batch}, {steps}, ...] (B and T as in q, {_shape(q)})"
+            raise ValueError(f"{name} has shape {_shape(x)}, expected {expected}")
+    if k.shape[3] != key_dim:
+        raise ValueError(f"k has shape {_shape(k)}, expected K = {key_dim} channels as in q, {_shape(q)}")
+    if weight.shape[1] != value_dim or weight.shape[2] != value_dim:
+        raise ValueError(
+            f"weight has shape {_shape(weight)}, expected [heads, {value_dim}, {value_dim}] (V as in v, {_shape(v)})"
+        )
+    if key_dim < 1 or value_dim < 1:
+        name, x = ("q", q) if key_dim < 1 else ("v", v)
+        raise ValueError(f"{name} has shape {_shape(x)}, expected at least one channel")
+    counts = {"q": q.shape[2], "k": k.shape[2], "v": v.shape[2], "f": f.shape[2], "weight": weight.shape[0]}
+    heads = max(counts.values())
+    for name, count in counts.items():
+        if count < 1 or heads % count:
+            shape = _shape(layouts[name][0])
+            raise ValueError(f"{name} has shape {shape}, expected a head count that divides {heads}, got {count}")
+
+    sequences = batch
+    if cu_seqlens is not None:
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+            raise ValueError(f"cu_seqlens has shape {_shape(cu_seqlens)}, expected [sequences + 1]")
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"cu_seqlens has dtype {cu_seqlens.dtype}, expected int32 or int64")
+        if cu_seqlens.device != q.device:
+            raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, expected {q.device} like q")
+        if batch != 1:
+            raise ValueError(f"q has shape {_shape(q)}, expected B = 1 when cu_seqlens packs the sequences")
+        sequences = cu_seqlens.shape[0] - 1
+    if initial_state is not None:
+        expected_state = [sequences, heads, key_dim, value_dim]
+        if list(initial_state.shape) != expected_state:
+            raise ValueError(f"initial_state has shape {_shape(initial_state)}, expected {expected_state}")
+    if state_clip is not None and not (isinstance(state_clip, int | float) and state_clip > 0):
+        raise ValueError(f"state_clip is {state_clip!r}, expected a positive number or None")
+
+
+def _validate_offsets(cu_seqlens: Tensor | None, steps: int) -> None:
+    """What needs the values of ``cu_seqlens``, and so happens inside the operator, where a compiler does not look."""
+    if cu_seqlens is None:
+        return
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or offsets[-1] != steps or any(a > b for a, b in zip(offsets, offsets[1:], strict=False)):
+        shown = offsets if len(offsets) <= 8 else [*offsets[:4], "...", *offsets[-3:]]
+        raise ValueError(f"cu_seqlens is {shown}, expected offsets that rise from 0 to T = {steps}")
+
+
+# ---------------------------------------------------------------------------------------- operators and autograd
+
+
+@torch.library.custom_op("m2rnn::scan", mutates_args=())
+def _scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    f: Tensor,
+    weight: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state_clip: float | None,
+    backend: str | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(y, final state, states saved for the backward pass if save)``."""
+    _validate_offsets(cu_seqlens, q.shape[1])
+    match _resolve(backend, q.device.type):
+        case "cpu":
+            return _kernels().forward(q, k, v, f, weight, initial_state, cu_seqlens, save)  # type: ignore[no-any-return]
+        case _:
+            with torch.no_grad():
+                y, final = reference.scan(q, k, v, f, weight, initial_state, cu_seqlens)
+            return y.clone(), final.clone(), final.new_empty(0)
+
+
+@_scan.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    f: Tensor,
+    weight: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state_clip: float | None,
+    backend: str | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads = head_count(q, k, v, f, weight)
+    dtype = state_dtype(q, k, v, f, weight)
+    state = (heads, q.shape[3], v.shape[3])
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    y = v.new_empty(*q.shape[:2], heads, v.shape[3], dtype=output_dtype(q, k, v))
+    final = q.new_empty(sequences, *state, dtype=dtype)
+    if _resolve(backend, q.device.type) != "cpu":
+        return y, final, final.new_empty(0)
+    count = saved_states(q.shape[0], q.shape[1], cu_seqlens is not None) if save else 0
+    return y, final, final.new_empty(count, *state)
+
+
+@torch.library.custom_op("m2rnn::scan_backward", mutates_args=())
+def _scan_backward(
+    dy: Tensor | None,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    f: Tensor,
+    weight: Tensor,
+    initial_state: Tensor | None,
+    saved: Tensor,
+    cu_seqlens: Tensor | None,
+    state_clip: float | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, f, the weight and the initial state (empty if there is none)."""
+    if dy is None:
+        heads = head_count(q, k, v, f, weight)
+        dy = v.new_zeros(*q.shape[:2], heads, v.shape[3], dtype=output_dtype(q, k, v))
+    match _resolve(backend, q.device.type):
+        case "cpu":
+            *gradients, d_initial = _kernels().backward(
+                dy, d_final, q, k, v, f, weight, initial_state, saved, cu_seqlens, state_clip
+            )
+        case _:
+            *gradients, d_initial = reference.scan_backward(
+                dy, d_final, q, k, v, f, weight, initial_state, cu_seqlens, state_clip
+            )
+    return *gradients, q.new_empty(0) if d_initial is None else d_initial  # type: ignore[return-value]
+
+
+@_scan_backward.register_fake
+def _(
+    dy: Tensor | None,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    f: Tensor,
+    weight: Tensor,
+    initial_state: Tensor | None,
+    saved: Tensor,
+    cu_seqlens: Tensor | None,
+    state_clip: float | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gradients = tuple(x.new_empty(x.shape) for x in (q, k, v, f, weight))
+    return *gradients, q.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)  # type: ignore[return-value]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, state_clip, backend, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.state_clip, ctx.backend = state_clip, backend
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, dy: Tensor | None, d_final: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    q, k, v, f, weight, initial_state, cu_seqlens, saved = ctx.saved_tensors
+    if dy is None and d_final is None:
+        return (None,) * 10
+    *gradients, d_initial = _scan_backward(
+        dy, d_final, q, k, v, f, weight, initial_state, saved, cu_seqlens, ctx.state_clip, ctx.backend
+    )
+    return *gradients, None if initial_state is None else d_initial, None, None, None, None
+
+
+_scan.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,0 +1,32 @@
+"""What follows from the shapes and dtypes of the operator's arguments alone, the same for every backend."""
+
+import torch
+from torch import Tensor
+
+
+def head_count(q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor) -> int:
+    """H: the largest head count of [B, T, heads, ...] tensors and the weight [heads, V, V]."""
+    return max(q.shape[2], k.shape[2], v.shape[2], f.shape[2], weight.shape[0])
+
+
+def state_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any input is float64, float32 otherwise."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def output_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
+    """The dtype of y."""
+    return torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+
+
+def chunk_length(steps: int) -> int:
+    """C, the steps between saved states: a power of two near √T, where T/C saved states and C recomputed ones balance."""
+    return 16 if steps <= 512 else 32 if steps <= 2048 else 64
+
+
+def saved_states(batch: int, steps: int, packed: bool) -> int:
+    """Room for the state at the start of every chunk but a sequence's first; for packed sequences an upper bound."""
+    chunk = chunk_length(steps)
+    if packed:
+        return steps // chunk
+    return batch * max((steps + chunk - 1) // chunk - 1, 0)
