@@ -17,8 +17,8 @@ def state_tracking(mixer: str = "m2rnn", vocab_size: int = 6, **overrides: Any) 
     """A model of about 60,000 parameters for word problems of groups, such as S3.
 
     The M2RNN layer differs from the language-model one: no convolution and no SiLU on q, k, v, a random W
-    instead of the identity, more value channels (V = 32), and as many q and k heads as others. Each of
-    these is needed: with any of them undone the layer stays at chance on long sequences.
+    instead of the identity, more value channels (V = 32), as many q and k heads as others, and a forget gate
+    that starts fast (A in [4, 16], dt in [0.3, 1]): the state must change with every token from the start.
 
     The others get the same number of parameters within ten percent: a GRU with 72 units, and a Transformer
     that spends them on two layers, since one attention layer cannot compose, with the rotary positions of
@@ -45,6 +45,8 @@ def state_tracking(mixer: str = "m2rnn", vocab_size: int = 6, **overrides: Any) 
                 "conv_size": None,
                 "activation": None,
                 "weight_init": "normal",
+                "A_range": [4.0, 16.0],
+                "dt_range": [0.3, 1.0],
             }
         case "gru":
             pattern, intermediate_size = "G", 128
