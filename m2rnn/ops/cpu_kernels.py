@@ -9,8 +9,14 @@ Tensors of any dtype arrive as rows of ``tensors``: see the columns below. Every
 to be the same bits for any number of threads is fixed by the shapes: units, their order, and who adds to what.
 """
 
+import hashlib
+import os
+import tempfile
+import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 from numba import njit
 
@@ -74,8 +80,36 @@ class Scratch(NamedTuple):
         return cls(*_aligned_zeros(sizes, dtype))
 
 
+def _cache_folder() -> Path | None:
+    """Where compiled kernels are kept: a folder for this very source, since numba looks at one file's date only."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m2rnn"
+    sources = [Path(simd.__file__), Path(__file__)]
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+    folder = Path(numba.config.CACHE_DIR or default) / f"cpu-{digest}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        warnings.warn(
+            f"m2rnn cannot keep its compiled CPU kernels in {folder} ({error.strerror}): every process compiles them "
+            "anew, which takes some seconds. Set NUMBA_CACHE_DIR to a folder that can be written.",
+            stacklevel=2,
+        )
+        return None
+
+
+_CACHE_FOLDER = _cache_folder()
+
+
 def _jit(function: Any) -> Any:
-    return njit(nogil=True, cache=True, error_model="numpy")(function)
+    if _CACHE_FOLDER is None:
+        return njit(nogil=True, error_model="numpy")(function)
+    previous, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(_CACHE_FOLDER)  # read when a function is declared
+    try:
+        return njit(nogil=True, cache=True, error_model="numpy")(function)
+    finally:
+        numba.config.CACHE_DIR = previous
 
 
 def _inline(function: Any) -> Any:

@@ -35,9 +35,12 @@ class _ClampGradient(torch.autograd.Function):
     """Identity, whose gradient is clamped to [-limit, limit] (a NaN stays a NaN)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, limit: float) -> Tensor:
-        ctx.limit = limit
+    def forward(x: Tensor, limit: float) -> Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.limit = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

@@ -70,13 +70,7 @@ def m2rnn_scan(
     Source: M²RNN (arXiv 2603.14360), section 3.
     """
     _validate(q, k, v, f, weight, initial_state, cu_seqlens, state_clip, backend)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    inputs = (q, k, v, f, weight) if initial_state is None else (q, k, v, f, weight, initial_state)
-    save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    clip = None if state_clip is None else float(state_clip)
-    y, final_state, _ = _scan(q, k, v, f, weight, initial_state, cu_seqlens, clip, backend, save)
+    y, final_state = _apply(q, k, v, f, weight, initial_state, cu_seqlens, state_clip, backend)
     return y, final_state if output_final_state else None
 
 
@@ -98,17 +92,34 @@ def m2rnn_step(
         ``(y, state)``: y ``[B, H, V]`` and the state after the token ``[B, H, K, V]``.
 
     Raises:
-        ValueError: As ``m2rnn_scan``, which describes the shapes with a time dimension of 1.
+        ValueError: As ``m2rnn_scan``.
     """
-    for name, x, dims in (("q", q, 3), ("k", k, 3), ("v", v, 3), ("f", f, 2)):
-        if x.dim() != dims:
-            expected = "[B, heads, channels]" if dims == 3 else "[B, heads]"
-            raise ValueError(f"{name} has shape {list(x.shape)}, expected {expected}")
-    y, state = m2rnn_scan(  # type: ignore[assignment]
-        q[:, None], k[:, None], v[:, None], f[:, None], weight,
-        initial_state=state, output_final_state=True, backend=backend,
-    )  # fmt: skip
+    _validate(q, k, v, f, weight, state, None, None, backend, state_name="state")
+    inputs = (q[:, None], k[:, None], v[:, None], f[:, None], weight)
+    y, state = _apply(*inputs, state, None, None, backend)
     return y[:, 0], state
+
+
+def _apply(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    f: Tensor,
+    weight: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state_clip: float | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    device = q.device.type
+    if q.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    inputs = (q, k, v, f, weight) if initial_state is None else (q, k, v, f, weight, initial_state)
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    clip = None if state_clip is None else float(state_clip)
+    y, final_state, _ = _scan(q, k, v, f, weight, initial_state, cu_seqlens, clip, backend, save)
+    return y, final_state
 
 
 def available_backends() -> dict[str, str | None]:
@@ -154,10 +165,6 @@ def _kernels() -> ModuleType:
 # ---------------------------------------------------------------------------------------------------- validation
 
 
-def _shape(x: Tensor) -> str:
-    return str(list(x.shape))
-
-
 def _validate(
     q: Tensor,
     k: Tensor,
@@ -168,66 +175,77 @@ def _validate(
     cu_seqlens: Tensor | None,
     state_clip: float | None,
     backend: str | None,
+    state_name: str = "initial_state",
 ) -> None:
+    """What shapes, dtypes and devices can tell. For ``m2rnn_step`` the tensors come without T."""
     if backend is not None and backend not in _BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, _BACKENDS))} or None")
+    step = state_name == "state"
+    lead = "B" if step else "B, T"
     layouts = {
-        "q": (q, "[B, T, heads, K]"),
-        "k": (k, "[B, T, heads, K]"),
-        "v": (v, "[B, T, heads, V]"),
-        "f": (f, "[B, T, heads]"),
+        "q": (q, f"[{lead}, heads, K]"),
+        "k": (k, f"[{lead}, heads, K]"),
+        "v": (v, f"[{lead}, heads, V]"),
+        "f": (f, f"[{lead}, heads]"),
         "weight": (weight, "[heads, V, V]"),
+        state_name: (initial_state, "[B or sequences, heads, K, V]"),
     }
-    if initial_state is not None:
-        layouts["initial_state"] = (initial_state, "[sequences, heads, K, V]")
+    if initial_state is None and not step:
+        del layouts[state_name]
+    shapes = {}
     for name, (x, layout) in layouts.items():
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} is a {type(x).__name__}, expected a tensor {layout}")
+        shapes[name] = list(x.shape)
         if x.dim() != layout.count(",") + 1:
-            raise ValueError(f"{name} has shape {_shape(x)}, expected {layout}")
+            raise ValueError(f"{name} has shape {shapes[name]}, expected {layout}")
         if x.dtype not in _DTYPES:
             raise ValueError(f"{name} has dtype {x.dtype}, expected float64, float32, bfloat16 or float16")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, expected {q.device} like q")
 
-    batch, steps, key_dim, value_dim = q.shape[0], q.shape[1], q.shape[3], v.shape[3]
-    for name, x in (("k", k), ("v", v), ("f", f)):
-        if x.shape[0] != batch or x.shape[1] != steps:
-            expected = f"[{batch}, {steps}, ...] (B and T as in q, {_shape(q)})"
-            raise ValueError(f"{name} has shape {_shape(x)}, expected {expected}")
-    if k.shape[3] != key_dim:
-        raise ValueError(f"k has shape {_shape(k)}, expected K = {key_dim} channels as in q, {_shape(q)}")
-    if weight.shape[1] != value_dim or weight.shape[2] != value_dim:
-        raise ValueError(
-            f"weight has shape {_shape(weight)}, expected [heads, {value_dim}, {value_dim}] (V as in v, {_shape(v)})"
-        )
-    if key_dim < 1 or value_dim < 1:
-        name, x = ("q", q) if key_dim < 1 else ("v", v)
-        raise ValueError(f"{name} has shape {_shape(x)}, expected at least one channel")
-    counts = {"q": q.shape[2], "k": k.shape[2], "v": v.shape[2], "f": f.shape[2], "weight": weight.shape[0]}
+    leading = shapes["q"][: 1 if step else 2]
+    for name in ("k", "v", "f"):
+        if shapes[name][: len(leading)] != leading:
+            expected = f"[{', '.join(map(str, leading))}, ...], since q has shape {shapes['q']}"
+            raise ValueError(f"{name} has shape {shapes[name]}, expected {expected}")
+    key_dim, value_dim = shapes["q"][-1], shapes["v"][-1]
+    for name in ("q", "v"):
+        if shapes[name][-1] < 1:
+            raise ValueError(f"{name} has shape {shapes[name]}, expected at least one channel")
+    if shapes["k"][-1] != key_dim:
+        raise ValueError(f"k has shape {shapes['k']}, expected K = {key_dim} channels as in q, {shapes['q']}")
+    if shapes["weight"][1:] != [value_dim, value_dim]:
+        expected = f"[heads, {value_dim}, {value_dim}], since v has shape {shapes['v']}"
+        raise ValueError(f"weight has shape {shapes['weight']}, expected {expected}")
+    counts = {"q": q.shape[-2], "k": k.shape[-2], "v": v.shape[-2], "f": f.shape[-1], "weight": weight.shape[0]}
     heads = max(counts.values())
     for name, count in counts.items():
         if count < 1 or heads % count:
-            shape = _shape(layouts[name][0])
-            raise ValueError(f"{name} has shape {shape}, expected a head count that divides {heads}, got {count}")
+            expected = f"a head count that divides {heads}, the largest"
+            raise ValueError(f"{name} has shape {shapes[name]} with {count} heads, expected {expected}")
 
-    sequences = batch
+    sequences = leading[0]
     if cu_seqlens is not None:
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-            raise ValueError(f"cu_seqlens has shape {_shape(cu_seqlens)}, expected [sequences + 1]")
+        if not isinstance(cu_seqlens, Tensor):
+            raise ValueError(f"cu_seqlens is a {type(cu_seqlens).__name__}, expected a tensor [sequences + 1]")
+        shape = list(cu_seqlens.shape)
+        if len(shape) != 1 or shape[0] < 1:
+            raise ValueError(f"cu_seqlens has shape {shape}, expected [sequences + 1]")
         if cu_seqlens.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"cu_seqlens has dtype {cu_seqlens.dtype}, expected int32 or int64")
         if cu_seqlens.device != q.device:
             raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, expected {q.device} like q")
-        if batch != 1:
-            raise ValueError(f"q has shape {_shape(q)}, expected B = 1 when cu_seqlens packs the sequences")
-        sequences = cu_seqlens.shape[0] - 1
+        if sequences != 1:
+            raise ValueError(f"q has shape {shapes['q']}, expected B = 1 when cu_seqlens packs the sequences")
+        sequences = shape[0] - 1
     if initial_state is not None:
         expected_state = [sequences, heads, key_dim, value_dim]
-        if list(initial_state.shape) != expected_state:
-            raise ValueError(f"initial_state has shape {_shape(initial_state)}, expected {expected_state}")
+        if shapes[state_name] != expected_state:
+            raise ValueError(f"{state_name} has shape {shapes[state_name]}, expected {expected_state}")
     if state_clip is not None and not (isinstance(state_clip, int | float) and state_clip > 0):
-        raise ValueError(f"state_clip is {state_clip!r}, expected a positive number or None")
+        kind = type(state_clip).__name__
+        raise ValueError(f"state_clip is {state_clip!r} ({kind}), expected a positive number or None")
 
 
 def _validate_offsets(cu_seqlens: Tensor | None, steps: int) -> None:
