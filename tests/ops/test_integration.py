@@ -4,7 +4,7 @@ import multiprocessing
 import shutil
 import threading
 import warnings
-from datetime import timedelta
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,46 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 from m2rnn.ops import m2rnn_scan, m2rnn_step
 from tests.ops.cases import Case, check, make_problem, run, truth
+from tests.ops.layer import Layer, layer_inputs, train_half
 from tests.tolerances import assert_close
 
 CASES = [
-    Case(batch=2, time=34, heads=(1, 1, 4, 2, 4), clip=0.1),
-    Case(lengths=(3, 0, 31), initial=False, final=False),
+    Case(batch=2, time=20, heads=(1, 1, 4, 2, 4), clip=0.1),
+    Case(lengths=(3, 0, 17), initial=False, final=False),
     Case(batch=1, time=1, dtype=torch.bfloat16, gates=torch.float32),
 ]
-
-
-class Layer(nn.Module):
-    """The least that uses the operator as a layer does: projections and a weight."""
-
-    def __init__(self, width: int = 6, heads: int = 2, key: int = 3, value: int = 4) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(1)
-        self.sizes = (key, key, heads * value, heads)
-        self.heads, self.value = heads, value
-        self.project = nn.Parameter(0.7 * torch.randn(sum(self.sizes), width, generator=generator))
-        self.weight = nn.Parameter(torch.randn(heads, value, value, generator=generator) / 2)
-
-    def forward(self, x: Tensor, backend: str | None = None) -> Tensor:
-        q, k, v, f = (x @ self.project.T).split(self.sizes, -1)
-        v = v.unflatten(-1, (self.heads, self.value))
-        y, state = m2rnn_scan(
-            q[..., None, :],
-            k[..., None, :],
-            v,
-            f.sigmoid(),
-            self.weight,
-            output_final_state=True,
-            state_clip=0.5,
-            backend=backend,
-        )
-        return torch.cat([y.flatten(1), state.flatten(1)], 1)
-
-
-def _inputs(batch: int = 4) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(batch, 37, 6, generator=generator)
-    return x, torch.randn(batch, 37 * 8 + 24, generator=generator)
 
 
 def _gradients(layer: nn.Module, output: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
@@ -93,6 +61,8 @@ def test_operators_are_registered(backend: str, device: str) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_opcheck(case: Case, backend: str, device: str) -> None:
     """Schema, fake kernel and autograd registration of each operator, on the arguments of real calls."""
+    if backend == "reference":  # a long unrolled loop shows nothing more
+        case = replace(case, time=2, lengths=None if case.lengths is None else (1, 0, 1))
     calls = _calls(case, backend)
     assert calls
     for func, args, kwargs in calls:
@@ -127,6 +97,7 @@ def _skip_without(compiler: str) -> None:
         pytest.skip("inductor needs a C++ compiler")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # inductor's own
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_compiled_layer_equals_eager(compiler: str, backend: str, device: str) -> None:
     """torch.compile(fullgraph=True), forward and backward, at two lengths."""
@@ -135,7 +106,7 @@ def test_compiled_layer_equals_eager(compiler: str, backend: str, device: str) -
         pytest.skip("nothing in it that aot_eager does not show")
     layer = Layer()
     compiled = torch.compile(layer, fullgraph=True, backend=compiler, dynamic=True)
-    x, cotangent = _inputs()
+    x, cotangent = layer_inputs()
     for part in (x, x[:2, :, :]):
         expected = layer(part, backend)
         output = compiled(part, backend)
@@ -176,10 +147,10 @@ def test_compiled_packed_scan_and_step_equal_eager(backend: str, device: str) ->
 def test_exported_program_equals_eager() -> None:
     """torch.export with batch and length dynamic; the program runs at other sizes."""
     layer = Layer().eval()
-    x, _ = _inputs()
+    x, _ = layer_inputs()
     sizes = {0: torch.export.Dim("batch", min=2, max=64), 1: torch.export.Dim("time", min=2, max=4096)}
     with torch.no_grad():
-        program = torch.export.export(layer, (x,), dynamic_shapes={"x": sizes, "backend": None}).module()
+        program = torch.export.export(layer, (x,), dynamic_shapes={"x": sizes}).module()
         for part in (x, x[:3, :20]):
             assert_close(program(part), layer(part), torch.float32, "output")
 
@@ -210,16 +181,11 @@ def test_shapes_without_data(kind: str, case: Case, backend: str, device: str) -
 
 
 def test_functional_call_uses_the_given_parameters(backend: str, device: str) -> None:
-    """torch.func.functional_call and torch.func.grad see other parameters than the module's own."""
-    layer, (x, cotangent) = Layer(), _inputs()
+    """torch.func.functional_call computes with the parameters it is given, and differentiates by them."""
+    layer, (x, cotangent) = Layer(), layer_inputs()
     other = {name: (1.5 * p).detach().requires_grad_() for name, p in layer.named_parameters()}
     output = torch.func.functional_call(layer, other, (x, backend))
     grads = torch.autograd.grad(output, list(other.values()), cotangent)
-
-    def loss(parameters: dict[str, Tensor]) -> Tensor:
-        return (torch.func.functional_call(layer, parameters, (x, backend)) * cotangent).sum()
-
-    functional = torch.func.grad(loss)({name: p.detach() for name, p in other.items()})
     with torch.no_grad():
         for p in layer.parameters():
             p.mul_(1.5)
@@ -227,14 +193,13 @@ def test_functional_call_uses_the_given_parameters(backend: str, device: str) ->
     assert torch.equal(output, expected)
     for (name, grad), mine in zip(_gradients(layer, expected, cotangent).items(), grads, strict=True):
         assert torch.equal(mine, grad), name
-        assert_close(functional[name], grad, torch.float32, "gradient", name)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_gives_the_same_gradients(
     reentrant: bool, backend: str, device: str
 ) -> None:
-    layer, (x, cotangent) = Layer(), _inputs()
+    layer, (x, cotangent) = Layer(), layer_inputs()
     x.requires_grad_()
     expected = _gradients(layer, layer(x, backend), cotangent)
     (d_x,) = torch.autograd.grad(layer(x, backend), x, cotangent)
@@ -340,31 +305,14 @@ def test_works_in_a_forked_child_after_use_in_the_parent(backend: str, device: s
         assert torch.equal(torch.from_numpy(results[name]), x), name
 
 
-def _ddp_worker(rank: int, folder: str, backend: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=90),
-    )
-    layer = nn.parallel.DistributedDataParallel(Layer())
-    x, cotangent = _inputs()
-    mine = slice(2 * rank, 2 * rank + 2)
-    (layer(x[mine], backend) * cotangent[mine]).sum().backward()
-    torch.save({name: p.grad for name, p in layer.module.named_parameters()}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
 def test_ddp_gradients_equal_one_process(tmp_path: Path, backend: str, device: str) -> None:
     """Two gloo processes with half the batch each; DDP averages, hence the factor."""
     if not torch.distributed.is_available() or device != "cpu":
         pytest.skip("needs torch.distributed on the CPU")
     if backend == "reference":
         pytest.skip("one backend is enough: the processes take seconds to start")
-    torch.multiprocessing.spawn(_ddp_worker, args=(str(tmp_path), backend), nprocs=2)
-    layer, (x, cotangent) = Layer(), _inputs()
+    torch.multiprocessing.spawn(train_half, args=(str(tmp_path), backend), nprocs=2)
+    layer, (x, cotangent) = Layer(), layer_inputs()
     expected = _gradients(layer, layer(x, backend), cotangent)
     grads = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name, grad in expected.items():

@@ -90,7 +90,10 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], list[str]]] = {
         lambda: _arguments(initial_state=torch.zeros(B, 4, K, V, dtype=torch.int32)),
         ["initial_state", "int32"],
     ),
-    "packed with a batch": (lambda: _arguments(cu_seqlens=_bounds(0, 2, 5)), ["cu_seqlens", "2, 5"]),
+    "packed with a batch": (
+        lambda: _arguments(cu_seqlens=_bounds(0, 2, 5)),
+        ["cu_seqlens", "2, 5, 1, 3"],
+    ),
     "packed initial state of the batch": (
         lambda: _packed(initial_state=torch.randn(1, 4, K, V)),
         ["initial_state", "1, 4, 3, 4", "2, 4, 3, 4"],
@@ -111,10 +114,14 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], list[str]]] = {
     "cu_seqlens does not start at 0": (lambda: _packed(cu_seqlens=_bounds(1, 5)), ["cu_seqlens", "1", "0"]),
     "cu_seqlens ends early": (lambda: _packed(cu_seqlens=_bounds(0, 4)), ["cu_seqlens", "4", "5"]),
     "cu_seqlens ends late": (lambda: _packed(cu_seqlens=_bounds(0, 6)), ["cu_seqlens", "6", "5"]),
-    "cu_seqlens decreases": (lambda: _packed(cu_seqlens=_bounds(0, 4, 2, 5)), ["cu_seqlens", "decrea"]),
+    "cu_seqlens decreases": (
+        lambda: _packed(cu_seqlens=_bounds(0, 4, 2, 5)),
+        ["cu_seqlens", "0, 4, 2, 5", "decrea"],
+    ),
+    "cu_seqlens a list": (lambda: _packed(cu_seqlens=[0, 5]), ["cu_seqlens", "list", "tensor"]),
     "clip negative": (lambda: _arguments(state_clip=-1.0), ["state_clip", "-1"]),
     "clip NaN": (lambda: _arguments(state_clip=float("nan")), ["state_clip", "nan"]),
-    "clip a string": (lambda: _arguments(state_clip="1"), ["state_clip", "str"]),
+    "clip a string": (lambda: _arguments(state_clip="1"), ["state_clip", "'1'", "number"]),
     "unknown backend": (lambda: _arguments(backend="fast"), ["backend", "fast", "reference", "cpu"]),
 }
 
@@ -125,7 +132,7 @@ def test_scan_rejects(what: str) -> None:
     with pytest.raises(ValueError, match=words[0]) as caught:
         m2rnn_scan(**make())
     message = str(caught.value)
-    assert message.startswith(words[0]) or f"`{words[0]}`" in message or f"'{words[0]}'" in message, message
+    assert message.startswith(words[0]), message
     for word in words:
         assert word in message, f"{word!r} is not in: {message}"
 
@@ -164,8 +171,10 @@ def test_step_rejects(what: str) -> None:
     make, words = BAD_STEP[what]
     with pytest.raises(ValueError, match=words[0]) as caught:
         m2rnn_step(*make())
+    message = str(caught.value)
+    assert message.startswith(words[0]), message
     for word in words:
-        assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
+        assert word in message, f"{word!r} is not in: {message}"
     m2rnn_step(*_step_arguments())
 
 

@@ -1,0 +1,102 @@
+"""Before the first result: imports stay light, caches may be missing, slow choices are announced."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from m2rnn.ops import available_backends
+
+needs_cpu = pytest.mark.skipif(
+    available_backends().get("cpu", "no") is not None, reason="the cpu backend does not run here"
+)
+
+PROBLEM = """
+import sys, warnings
+import torch
+torch.set_num_threads(1)
+from m2rnn.ops import available_backends, m2rnn_scan
+inputs = [torch.ones(1, 3, 1, 2), torch.ones(1, 3, 1, 2), torch.ones(1, 3, 1, 2), torch.full((1, 3, 1), 0.5)]
+inputs.append(torch.eye(2)[None])
+"""
+
+
+def _child(script: str, **environment: str) -> str:
+    child = subprocess.run(
+        [sys.executable, "-c", PROBLEM + script],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert child.returncode == 0, child.stderr
+    return child.stdout
+
+
+def test_import_leaves_heavy_libraries_alone_and_numba_may_be_missing() -> None:
+    """One process: a light import; without numba the reference runs, says so once, and "cpu" is refused."""
+    _child("""
+heavy = {"numba", "transformers", "llvmlite"} & set(sys.modules)
+assert not heavy, f"import m2rnn.ops imports {heavy}"
+
+sys.modules["numba"] = None
+assert "numba" in available_backends()["cpu"]
+assert available_backends()["reference"] is None
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        y, _ = m2rnn_scan(*inputs)
+messages = [str(w.message) for w in caught]
+assert len(messages) == 1 and "reference" in messages[0] and "numba" in messages[0], messages
+expected, _ = m2rnn_scan(*inputs, backend="reference")
+assert torch.equal(y, expected)
+try:
+    m2rnn_scan(*inputs, backend="cpu")
+except ValueError as error:
+    assert "numba" in str(error), error
+else:
+    raise AssertionError("backend='cpu' ran without numba")
+""")
+
+
+@needs_cpu
+@pytest.mark.slow
+def test_cache_folder_that_cannot_be_written_is_announced_and_survived(tmp_path: Path) -> None:
+    """The kernels are compiled for this process alone."""
+    file = tmp_path / "file"
+    file.touch()
+    _child(
+        """
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    y, _ = m2rnn_scan(*inputs, backend="cpu")
+expected, _ = m2rnn_scan(*inputs, backend="reference")
+torch.testing.assert_close(y, expected)
+assert any("cache" in str(w.message) for w in caught), [str(w.message) for w in caught]
+""",
+        NUMBA_CACHE_DIR=str(file / "below"),
+    )
+
+
+@needs_cpu
+def test_warm_start_compiles_nothing_and_imports_no_compiler() -> None:
+    """The next process loads its kernels from the cache, and never needs torch's own compiler."""
+    run = """
+for x in inputs:
+    x.requires_grad_()
+y, _ = m2rnn_scan(*inputs, backend="cpu")
+y.sum().backward()
+"""
+    _child(run)
+    _child(
+        run
+        + """
+from m2rnn.ops import cpu_kernels
+for kernel in (cpu_kernels.forward, cpu_kernels.backward):
+    assert sum(kernel.stats.cache_hits.values()) == 1, kernel.stats
+    assert not kernel.stats.cache_misses, kernel.stats
+assert "torch._dynamo" not in sys.modules, "a second and more, spent on importing torch._dynamo"
+"""
+    )
