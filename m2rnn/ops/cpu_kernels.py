@@ -356,22 +356,23 @@ def backward(
                         keep = element(f, t)
                         df_p = zeros_like(df)
                         for p in range(0, width, lanes):
-                            dv_p = zeros_like(dv)
-                            v_p, dy_p = load(v, t * width + p), load(dy, t * width + p)
-                            for r in range(rows):
-                                i = r * width + p
-                                z, h = load(updates, t * size + i), load(states, t * size + i)
-                                g = fma(element(q, t * rows + r), dy_p, simd.clamp(load(carry, i), clip))
+                            store(dv, t * width + p, zeros_like(dv))
+                        for r in range(rows):
+                            q_r, k_r = element(q, t * rows + r), element(k, t * rows + r)
+                            dq_p, dk_p = zeros_like(dq), zeros_like(dk)
+                            for p in range(0, width, lanes):
+                                i, j = r * width + p, t * width + p
+                                z, h, dy_p = load(updates, t * size + i), load(states, t * size + i), load(dy, j)
+                                g = fma(q_r, dy_p, simd.clamp(load(carry, i), clip))
                                 dx = (1 - keep) * g * (1 - z * z)
+                                dq_p = fma(load(states, (t + 1) * size + i), dy_p, dq_p)
+                                dk_p = fma(dx, load(v, j), dk_p)
                                 df_p = fma(g, h - z, df_p)
-                                dv_p = fma(element(k, t * rows + r), dx, dv_p)
+                                store(dv, j, fma(k_r, dx, load(dv, j)))
                                 store(updates, t * size + i, dx)
                                 store(carry, i, keep * g)
-                                dq_r = total(load(states, (t + 1) * size + i) * dy_p)
-                                dk_r = total(dx * v_p)
-                                dq[t * rows + r] = dq_r if p == 0 else dq[t * rows + r] + dq_r
-                                dk[t * rows + r] = dk_r if p == 0 else dk[t * rows + r] + dk_r
-                            store(dv, t * width + p, dv_p)
+                            put(dq, t * rows + r, total(dq_p))
+                            put(dk, t * rows + r, total(dk_p))
                         df[t] = total(df_p)
                         for r in range(0, rows, ROWS):
                             for p in range(0, width, lanes):

@@ -229,10 +229,12 @@ def tanh(typingctx: Any, x: Any) -> Any:
         r = fma(n, number(-ln2_high), argument)
         if ln2_low:
             r = fma(n, number(-ln2_low), r)
-        series = number(_EXPM1[bits][-1])
-        for coefficient in reversed(_EXPM1[bits][:-1]):
-            series = fma(series, r, number(coefficient))
-        expm1_r = fma(builder.fmul(r, r), series, r)
+        series, power_of_r = [number(c) for c in _EXPM1[bits]], r
+        while len(series) > 1:  # in pairs (Estrin), since the latency of one long chain is what would take the time
+            pairs = zip(series[::2], series[1::2], strict=False)
+            series = [fma(odd, power_of_r, even) for even, odd in pairs] + series[len(series) & ~1 :]
+            power_of_r = builder.fmul(power_of_r, power_of_r)
+        expm1_r = fma(builder.fmul(r, r), series[0], r)
         exponent = builder.shl(builder.bitcast(rounded, integers), integer(mantissa))
         power = builder.bitcast(builder.add(exponent, integer(bias << mantissa)), vector)
         e = fma(power, expm1_r, builder.fsub(power, number(1.0)))
