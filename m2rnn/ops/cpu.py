@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,48 +82,6 @@ class _Plan:
     head_groups: int
     row_blocks: int
 
-    @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> Self:
-        counts = [x.shape[2] for x in (q, k, v, f)]
-        heads = head_count(q, k, v, f, weight)
-        key_dim, value_dim = q.shape[3], v.shape[3]
-        if cu_seqlens is None:
-            lengths = np.full(q.shape[0], q.shape[1], np.int64)
-            batch, starts = np.arange(len(lengths)), np.zeros_like(lengths)
-        else:
-            bounds = cu_seqlens.numpy().astype(np.int64)
-            lengths, starts = np.diff(bounds), bounds[:-1]
-            batch = np.zeros_like(lengths)
-        chunk = chunk_length(q.shape[1])
-        saved = np.maximum(-(-lengths // chunk) - 1, 0)
-        sequences = np.stack([batch, starts, lengths, np.cumsum(saved) - saved], axis=1)
-
-        count = len(lengths)
-        head_groups = next((g for g in _divisors(heads) if count * g >= UNITS), heads)
-        if min(counts) < heads:  # the partial sums of shared gradients may not outgrow the saved states
-            most = max(1, heads * value_dim // (chunk * min(counts)))
-            head_groups = max(g for g in _divisors(heads) if g <= min(head_groups, most))
-        wanted = -(-UNITS // max(count * head_groups, 1))
-        row_blocks = max(1, min(wanted, key_dim // chunk, key_dim // kernels.ROWS))  # partial sums of y, dv: likewise
-        rows = _round_up(-(-key_dim // row_blocks), kernels.ROWS)
-        row_blocks = -(-key_dim // rows)
-
-        ranges = min(count, -(-UNITS // (head_groups * row_blocks)))
-        work = np.concatenate([[0], np.cumsum(lengths + 1)])
-        cuts = np.searchsorted(work, np.linspace(0, work[-1], ranges + 1))
-        group = heads // head_groups
-        units = [
-            (cuts[s], cuts[s + 1], g * group, (g + 1) * group, r * rows, min((r + 1) * rows, key_dim), r, g)
-            for s in range(ranges)
-            for r in range(row_blocks)
-            for g in range(head_groups)
-        ]
-        table = np.array(units, np.int64).reshape(-1, kernels.UNIT_COLUMNS)
-        dtype = state_dtype(q, k, v, f, weight)
-        return cls(
-            heads, key_dim, value_dim, dtype, chunk, sequences, table, head_groups, row_blocks
-        )
-
     @property
     def width(self) -> int:
         """V, padded to whole vectors."""
@@ -179,6 +137,63 @@ class _Plan:
         return padded.detach().view(-1).numpy()
 
 
+def _plan(q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> _Plan:
+    heads = head_count(q, k, v, f, weight)
+    fewest_heads = min(x.shape[2] for x in (q, k, v, f))
+    problem = (heads, fewest_heads, q.shape[3], v.shape[3], state_dtype(q, k, v, f, weight), chunk_length(q.shape[1]))
+    if cu_seqlens is None:
+        return _dense_plan(q.shape[0], q.shape[1], *problem)
+    bounds = cu_seqlens.numpy().astype(np.int64)
+    return _cut(np.zeros(len(bounds) - 1, np.int64), bounds[:-1], np.diff(bounds), *problem)
+
+
+@lru_cache(maxsize=256)  # a model asks for the same few plans again and again
+def _dense_plan(batch: int, steps: int, *problem: Any) -> _Plan:
+    return _cut(np.arange(batch), np.zeros(batch, np.int64), np.full(batch, steps, np.int64), *problem)
+
+
+def _cut(
+    batch: np.ndarray,
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    heads: int,
+    fewest_heads: int,
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    chunk: int,
+) -> _Plan:
+    """Cut sequences, given by their batch index, first step and length, into about ``UNITS`` units of equal work.
+
+    Shared gradients are summed over units through partial sums. These must not outgrow the saved states, which limits
+    the groups of heads where q, k, v or f have fewer heads than others (``fewest_heads``), and the blocks of rows.
+    """
+    saved = np.maximum(-(-lengths // chunk) - 1, 0)
+    sequences = np.stack([batch, starts, lengths, np.cumsum(saved) - saved], axis=1)
+    count = len(lengths)
+    head_groups = next((g for g in _divisors(heads) if count * g >= UNITS), heads)
+    if fewest_heads < heads:
+        most = max(1, heads * value_dim // (chunk * fewest_heads))
+        head_groups = max(g for g in _divisors(heads) if g <= min(head_groups, most))
+    row_blocks = -(-UNITS // max(count * head_groups, 1))
+    row_blocks = max(1, min(row_blocks, key_dim // chunk, key_dim // kernels.ROWS))
+    rows = _round_up(-(-key_dim // row_blocks), kernels.ROWS)
+    row_blocks = -(-key_dim // rows)
+
+    ranges = min(count, -(-UNITS // (head_groups * row_blocks)))
+    work = np.concatenate([[0], np.cumsum(lengths + 1)])
+    cuts = np.searchsorted(work, np.linspace(0, work[-1], ranges + 1)).tolist()
+    group = heads // head_groups
+    units = [
+        (cuts[s], cuts[s + 1], g * group, (g + 1) * group, r * rows, min((r + 1) * rows, key_dim), r, g)
+        for s in range(ranges)
+        for r in range(row_blocks)
+        for g in range(head_groups)
+    ]
+    table = np.array(units, np.int64).reshape(-1, kernels.UNIT_COLUMNS)
+    return _Plan(heads, key_dim, value_dim, dtype, chunk, sequences, table, head_groups, row_blocks)
+
+
 class _Output:
     """A tensor that units write: straight into place, or into slots of partial sums where several contribute."""
 
@@ -212,7 +227,7 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(y, final state, saved states)``: the saved states [n, H, K, V] are where ``backward`` starts its chunks."""
-    plan = _Plan.of(q, k, v, f, weight, cu_seqlens)
+    plan = _plan(q, k, v, f, weight, cu_seqlens)
     final = torch.empty(len(plan.sequences), *plan.state_shape, dtype=plan.dtype)
     count = saved_states(q.shape[0], q.shape[1], cu_seqlens is not None) if save else 0
     saved = torch.zeros(count, *plan.state_shape, dtype=plan.dtype)  # packed sequences leave some of it unused
@@ -239,7 +254,7 @@ def backward(
     state_clip: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v, f, the weight and the initial state, in the dtypes of these."""
-    plan = _Plan.of(q, k, v, f, weight, cu_seqlens)
+    plan = _plan(q, k, v, f, weight, cu_seqlens)
     gradients = [
         _Output(plan, x.shape, x.dtype, by_row=by_row) for x, by_row in ((q, True), (k, True), (v, False), (f, False))
     ]
