@@ -39,7 +39,7 @@ def cases(draw: st.DrawFn) -> Case:
 def _check(results: dict[str, Tensor], problem: Problem) -> None:
     """Within the table, or ten times what rounding the inputs to the state's dtype would change.
 
-    The second counts in random small problems: a gradient that is one number can be the near-zero sum of others.
+    The second counts in random small problems: a gradient that is one number can be a sum that cancels.
     """
     double = problem.as_double()
     expected = run_autograd(double)
