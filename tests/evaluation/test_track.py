@@ -1,6 +1,7 @@
 """`track` leaves a model that others can use, results that can be read, and a plot."""
 
 import json
+from importlib.metadata import version
 from itertools import pairwise, permutations, product
 from pathlib import Path
 
@@ -22,19 +23,23 @@ QUICK = TrackSettings(
 )
 
 
+SOLVED = TrackSettings(
+    inputs="generators", train_length=3, batch_size=32, steps=600, test_lengths=(3, 40), test_sequences=50
+)
+
+
 @pytest.fixture(scope="module")
 def solved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that learnt S3 on sequences of up to 5 tokens."""
+    """A run that learnt S3 on sequences of 3 generators, few enough to have seen them all."""
     folder = tmp_path_factory.mktemp("solved")
-    settings = TrackSettings(group="S3", train_length=5, steps=1000, test_lengths=(5, 40), test_sequences=50)
-    results = tracking.track(settings, folder)
+    results = tracking.track(SOLVED, folder)
     assert results["training"]["outcome"] == "solved"
     return folder
 
 
 def test_the_saved_model_predicts_sequences_that_others_made(solved):
     elements = list(permutations(range(3)))
-    sequences = list(product(range(6), repeat=4))
+    sequences = list(product(SOLVED.problem().alphabet.tolist(), repeat=3))
     expected = []
     for sequence in sequences:
         points, targets = (0, 1, 2), []
@@ -46,7 +51,7 @@ def test_the_saved_model_predicts_sequences_that_others_made(solved):
         model = model_class.from_pretrained(solved / "model").eval()
         with torch.no_grad():
             predictions = model(torch.tensor(sequences)).logits.argmax(-1)
-        assert (predictions == torch.tensor(expected)).double().mean() > 0.999
+        assert (predictions == torch.tensor(expected)).all()
 
 
 def test_results_hold_what_is_needed_to_judge_and_repeat_a_run(solved):
@@ -55,10 +60,10 @@ def test_results_hold_what_is_needed_to_judge_and_repeat_a_run(solved):
     model = M2RNNForCausalLM.from_pretrained(solved / "model")
     assert results["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert results["chance"] == 1 / 6
-    assert results["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert results["versions"]["torch"] == version("torch")
     assert results["hardware"]["threads"] == torch.get_num_threads()
-    assert results["training"]["step"] < 1000
-    for length in (5, 40):
+    assert results["training"]["step"] < 600
+    for length in (3, 40):
         accuracy = results["accuracy"][str(length)]
         buckets = accuracy["by_position"]
         assert [buckets[0]["start"], buckets[-1]["stop"]] == [0, length]
@@ -66,13 +71,12 @@ def test_results_hold_what_is_needed_to_judge_and_repeat_a_run(solved):
         sizes = np.array([bucket["stop"] - bucket["start"] for bucket in buckets])
         values = np.array([bucket["accuracy"] for bucket in buckets])
         assert accuracy["all"] == pytest.approx((sizes * values).sum() / length)
-    assert results["accuracy"]["5"]["all"] > 0.99
+    assert results["accuracy"]["3"]["all"] == 1
 
 
 def test_a_finished_run_is_read_and_not_repeated(solved, monkeypatch):
     monkeypatch.setattr(tracking, "train", None)
-    settings = TrackSettings(group="S3", train_length=5, steps=1000, test_lengths=(5, 40), test_sequences=50)
-    assert tracking.track(settings, solved) == json.loads((solved / "results.json").read_text())
+    assert tracking.track(SOLVED, solved) == json.loads((solved / "results.json").read_text())
 
 
 def test_the_score_is_that_of_the_test_split_in_batches_of_any_size(solved, monkeypatch):
@@ -84,7 +88,7 @@ def test_the_score_is_that_of_the_test_split_in_batches_of_any_size(solved, monk
     inputs, targets = settings.problem().batch("test", 0, 50, 40)
     with torch.no_grad():
         right = model(torch.from_numpy(inputs)).logits.argmax(-1).numpy() == targets
-    assert whole.accuracy() == right.mean()
+    assert whole.accuracy() == pytest.approx(right.mean())
     assert whole.sequences == 50
 
 

@@ -37,7 +37,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("seed", ["0", "1", "2"])
+@pytest.mark.parametrize("seed", ["0", "1"])
 def test_killed_runs_end_with_the_same_bytes(tmp_path, undisturbed, seed):
     kills = run_and_kill(tmp_path, seed)
     assert kills >= 3
