@@ -15,9 +15,9 @@ SMALLEST_A = 1e-4  # keeps log(A) finite where the range starts at 0
 class DecayGate(nn.Module):
     """``f = exp(-exp(A_log) · softplus(logit + dt_bias))``, in (0, 1], one pair of parameters per head.
 
-    Computed in float32, or float64 for float64 logits. ``A_log`` and ``dt_bias`` are float32 from the start
-    and stay so under ``.to(torch.bfloat16)``: near f = 1 their rounding would decide how far the layer
-    remembers. They take no weight decay.
+    Computed in float32, or float64 for float64 logits. ``A_log`` and ``dt_bias`` are made in float32 and stay
+    so under ``.to(torch.bfloat16)``, also in a model that is loaded in 16 bits: near f = 1 their rounding
+    would decide how far the layer remembers. They take no weight decay.
 
     Args:
         num_heads: number of gates.

@@ -60,7 +60,7 @@ class M2RNNBlock(GradientCheckpointingLayer):
 
 
 class M2RNNPreTrainedModel(PreTrainedModel):
-    """What the models share: how weights start, which stay float32, how transformers may place them."""
+    """What the models share: how weights start and how transformers may place them."""
 
     config_class = M2RNNConfig
     base_model_prefix = "model"
@@ -68,7 +68,6 @@ class M2RNNPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules = ["M2RNNBlock"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -99,7 +98,6 @@ class M2RNNModel(M2RNNPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(M2RNNBlock(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.gradient_checkpointing = False
         self.post_init()
 
     @can_return_tuple
@@ -127,7 +125,7 @@ class M2RNNModel(M2RNNPreTrainedModel):
                 a new packed sequence.
             past_key_values: the cache of an earlier call.
             use_cache: whether to return the cache; by default if one is given, or ``config.use_cache`` when
-                not training. Never while training with gradient checkpointing.
+                not training.
             cu_seq_lens_q: int ``[N + 1]``, boundaries of the sequences packed in a batch of one row; wins
                 over the mask.
             output_hidden_states: also return the input of every layer and the final output.
@@ -145,9 +143,7 @@ class M2RNNModel(M2RNNPreTrainedModel):
             raise ValueError(f"past_key_values must be an M2RNNCache, got {type(cache).__name__}")
         if packing == "find":
             packing = layout_of(hidden, attention_mask, cu_seq_lens_q, position_ids, cache)
-        if self.gradient_checkpointing and self.training:
-            use_cache = False
-        elif use_cache is None:
+        if use_cache is None:
             use_cache = cache is not None or (self.config.use_cache and not self.training)
         if cache is None and use_cache:
             cache = M2RNNCache(self.config.num_hidden_layers)

@@ -1,5 +1,7 @@
 """Small models of every kind, in float64 so that comparisons are tight."""
 
+from typing import Any
+
 import torch
 
 from m2rnn.models import M2RNNConfig, M2RNNForCausalLM
@@ -17,10 +19,10 @@ CONFIGS = {
 }
 
 
-def config(name: str = "hybrid", **overrides: object) -> M2RNNConfig:
+def config(name: str = "hybrid", **overrides: Any) -> M2RNNConfig:
     fields = dict(CONFIGS[name])
     rope = fields.pop("rope", None)
-    options = {mixer: dict(OPTIONS[mixer]) for mixer in set(fields["mixers"])}
+    options = {mixer: dict(OPTIONS[mixer]) for mixer in overrides.get("mixers", fields["mixers"])}
     if "attention" in options:
         options["attention"]["rope_theta"] = rope
     defaults = {
@@ -36,7 +38,7 @@ def config(name: str = "hybrid", **overrides: object) -> M2RNNConfig:
     return M2RNNConfig(**defaults | fields | overrides)
 
 
-def make(name: str = "hybrid", dtype: torch.dtype = torch.float64, **overrides: object) -> M2RNNForCausalLM:
+def make(name: str = "hybrid", dtype: torch.dtype = torch.float64, **overrides: Any) -> M2RNNForCausalLM:
     """An evaluation-mode model with the same weights on every call."""
     with torch.random.fork_rng():
         torch.manual_seed(1)

@@ -86,12 +86,16 @@ def test_mask_of_ones_and_given_positions_change_nothing(name: str) -> None:
     assert_close(
         model.model(ids, position_ids=positions).last_hidden_state, expected, torch.float64, "output"
     )
-    ids, mask = padded(sequences(), "left")
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    given_positions = model.model(ids, attention_mask=mask, position_ids=positions).last_hidden_state
-    assert_close(
-        given_positions, model.model(ids, attention_mask=mask).last_hidden_state, torch.float64, "output"
-    )
+
+
+def test_given_positions_go_with_their_tokens_through_padding() -> None:
+    model, rows = make("rope"), sequences()
+    # The mask says that positions two apart do not start new sequences.
+    whole = model.model(rows[3], position_ids=2 * torch.arange(7)[None], attention_mask=torch.ones(1, 7))
+    ids, mask = padded(rows, "left")
+    hidden = model.model(ids, attention_mask=mask, position_ids=2 * (mask.cumsum(1) - 1)).last_hidden_state
+    assert_close(hidden[3, mask[3] == 1], whole.last_hidden_state[0], torch.float64, "output")
+    assert (whole.last_hidden_state - model.model(rows[3]).last_hidden_state).norm() > 1e-3
 
 
 @pytest.mark.parametrize("side", ["left", "right", "interior"])

@@ -45,6 +45,20 @@ def test_functional_call_gives_the_same_gradients(name: str) -> None:
         assert_close(gradient, expected[key], torch.float64, "gradient", key)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of dynamo's own
+def test_model_compiles_without_graph_breaks() -> None:
+    """But for the GRU: dynamo does not enter torch's own."""
+    model = make("m2rnn", mixers=["m2rnn", "attention"]).train()
+    ids = torch.randint(VOCAB, (2, 5))
+    expected = gradients(model, ids)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    model.zero_grad()
+    compiled(ids, labels=ids).loss.backward()
+    for key, parameter in model.named_parameters():
+        assert_close(parameter.grad, expected[key], torch.float64, "gradient", key)
+
+
 def test_every_parameter_gets_a_gradient() -> None:
     ids = torch.randint(VOCAB, (2, 5))
     for name in CONFIGS:
