@@ -137,12 +137,19 @@ def evaluate(trained: TrainingResult, settings: TrackSettings, display: Display)
             ],
         }
     return {
-        "settings": settings.as_json(), "parameters": sum(parameter.numel() for parameter in
-        trained.model.parameters()), "training": {"outcome": trained.outcome, "seconds":
-        round(trained.seconds, 1), **asdict(trained.progress)}, "evaluation_seconds": round(time.monotonic() -
-        began, 1), "chance": 1 / settings.problem().group.order, "accuracy": accuracy, "versions": {name:
-        _version(name) for name in ("m2rnn", "torch", "transformers", "numba", "numpy")} | {"python":
-        platform.python_version()}, "hardware": _hardware(settings.device),
+        "settings": settings.as_json(),
+        "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
+        "training": {
+            "outcome": trained.outcome,
+            "seconds": round(trained.seconds, 1),
+            **asdict(trained.progress),
+        },
+        "evaluation_seconds": round(time.monotonic() - began, 1),
+        "chance": 1 / settings.problem().group.order,
+        "accuracy": accuracy,
+        "versions": {name: _version(name) for name in ("m2rnn", "torch", "transformers", "numba", "numpy")}
+        | {"python": platform.python_version()},
+        "hardware": _hardware(settings.device),
     }
 
 
