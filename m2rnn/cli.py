@@ -35,9 +35,9 @@ def track(
         str | None, typer.Option(help="Several mixers, one after the other, e.g. m2rnn,gru,attention.")
     ] = None,
     train_length: Annotated[int, typer.Option(help="Longest sequence in training.")] = DEFAULT.train_length,
-    test_lengths: Annotated[
-        str, typer.Option(help="Lengths to measure accuracy at.")
-    ] = ",".join(map(str, DEFAULT.test_lengths)),
+    test_lengths: Annotated[str, typer.Option(help="Lengths to measure accuracy at.")] = ",".join(
+        map(str, DEFAULT.test_lengths)
+    ),
     test_sequences: Annotated[
         int, typer.Option(help="Sequences of each test length.")
     ] = DEFAULT.test_sequences,

@@ -1,9 +1,9 @@
 """Checkpoints of a run: safetensors and JSON, nothing pickled, and always one that is whole.
 
-    checkpoints/step-00000200/
-        model.safetensors       weights, by parameter name
-        optimizer.safetensors   the optimizer's tensors, as "<parameter name>/<tensor name>"
-        state.json              everything else, as the caller gave it
+checkpoints/step-00000200/
+    model.safetensors       weights, by parameter name
+    optimizer.safetensors   the optimizer's tensors, as "<parameter name>/<tensor name>"
+    state.json              everything else, as the caller gave it
 """
 
 import json
