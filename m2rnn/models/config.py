@@ -29,6 +29,7 @@ class M2RNNConfig(PreTrainedConfig):
         rms_norm_eps: epsilon of the blocks' and the final RMSNorm.
         initializer_range: standard deviation of the embedding and of linear layers at the start; output
             projections take it divided by √(2 · layers).
+        embedding_range: standard deviation of the embedding at the start; default ``initializer_range``.
         tie_word_embeddings: one matrix for embedding and head.
         use_cache: whether the model returns its states by default when not training.
 
@@ -47,6 +48,7 @@ class M2RNNConfig(PreTrainedConfig):
     mlp_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
+    embedding_range: float | None = None
     tie_word_embeddings: bool = False
     use_cache: bool = True
     pad_token_id: int | None = None

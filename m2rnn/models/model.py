@@ -75,7 +75,9 @@ class M2RNNPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, OutputProjection):
             init.normal_(module.weight, 0, std / math.sqrt(2 * self.config.num_hidden_layers))
-        elif isinstance(module, nn.Linear | nn.Embedding):
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, 0, self.config.embedding_range or std)
+        elif isinstance(module, nn.Linear):
             init.normal_(module.weight, 0, std)
         elif hasattr(module, "reset_parameters"):
             module.reset_parameters()  # type: ignore[operator]

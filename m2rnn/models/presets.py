@@ -19,6 +19,7 @@ def state_tracking(mixer: str = "m2rnn", vocab_size: int = 6, **overrides: Any) 
     The M2RNN layer differs from the language-model one: no convolution and no SiLU on q, k, v, a random W
     instead of the identity, more value channels (V = 32), as many q and k heads as others, and a forget gate
     that starts fast (A in [4, 16], dt in [0.3, 1]): the state must change with every token from the start.
+    The embedding starts at unit variance for every mixer: at 0.02 Adam's first steps overwrite it.
 
     The others get the same number of parameters within ten percent: a GRU with 72 units, and a Transformer
     that spends them on two layers, since one attention layer cannot compose, with the rotary positions of
@@ -63,6 +64,7 @@ def state_tracking(mixer: str = "m2rnn", vocab_size: int = 6, **overrides: Any) 
         {
             "vocab_size": vocab_size,
             "hidden_size": 64,
+            "embedding_range": 1.0,
             "mixer_options": {mixer: options},
             "mlp_options": {"swiglu": {"intermediate_size": intermediate_size}},
         },

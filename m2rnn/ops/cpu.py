@@ -42,7 +42,9 @@ if hasattr(os, "register_at_fork"):  # threads do not survive a fork
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-def _run(kernel: Callable[..., None], units: np.ndarray, scratch: Callable[[], kernels.Scratch], *args: Any) -> None:
+def _run(
+    kernel: Callable[..., None], units: np.ndarray, scratch: Callable[[], kernels.Scratch], *args: Any
+) -> None:
     """Call ``kernel`` on slices of ``units``, with scratch memory for each thread, until all of them are done."""
     threads = min(torch.get_num_threads(), len(units))
     calls = min(len(units), CALLS_PER_THREAD * threads) if threads > 1 else threads
@@ -103,7 +105,10 @@ class _Plan:
         return np.array([self.heads, self.key_dim, self.value_dim, self.width, self.chunk, repeat], np.int64)
 
     def scratch(self, backward: bool) -> Callable[[], kernels.Scratch]:
-        rows = _round_up(int((self.units[:, kernels.LAST_ROW] - self.units[:, kernels.FIRST_ROW]).max(initial=0)), kernels.ROWS)
+        rows = _round_up(
+            int((self.units[:, kernels.LAST_ROW] - self.units[:, kernels.FIRST_ROW]).max(initial=0)),
+            kernels.ROWS,
+        )
         dtype = np.float32 if self.dtype == torch.float32 else np.float64
         return partial(kernels.Scratch.allocate, self.chunk, rows, self.width, dtype, backward)
 
@@ -125,11 +130,20 @@ class _Plan:
         ]  # fmt: skip
 
     def describe_inputs(self, q: Tensor, k: Tensor, v: Tensor, f: Tensor) -> list[list[int]]:
-        return [self.describe(q, by_row=True), self.describe(k, by_row=True), self.describe(v), self.describe(f)]
+        return [
+            self.describe(q, by_row=True),
+            self.describe(k, by_row=True),
+            self.describe(v),
+            self.describe(f),
+        ]
 
     def flat(self, x: Tensor | None) -> np.ndarray:
         """A dense view or copy in the state's dtype; empty for None."""
-        return torch.empty(0, dtype=self.dtype).numpy() if x is None else x.to(self.dtype).contiguous().detach().view(-1).numpy()
+        return (
+            torch.empty(0, dtype=self.dtype).numpy()
+            if x is None
+            else x.to(self.dtype).contiguous().detach().view(-1).numpy()
+        )
 
     def padded_weight(self, weight: Tensor) -> np.ndarray:
         padded = weight.new_zeros(weight.shape[0], self.width, self.width, dtype=self.dtype)
@@ -140,7 +154,14 @@ class _Plan:
 def _plan(q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> _Plan:
     heads = head_count(q, k, v, f, weight)
     fewest_heads = min(x.shape[2] for x in (q, k, v, f))
-    problem = (heads, fewest_heads, q.shape[3], v.shape[3], state_dtype(q, k, v, f, weight), chunk_length(q.shape[1]))
+    problem = (
+        heads,
+        fewest_heads,
+        q.shape[3],
+        v.shape[3],
+        state_dtype(q, k, v, f, weight),
+        chunk_length(q.shape[1]),
+    )
     if cu_seqlens is None:
         return _dense_plan(q.shape[0], q.shape[1], *problem)
     bounds = cu_seqlens.numpy().astype(np.int64)
@@ -230,8 +251,12 @@ def forward(
     plan = _plan(q, k, v, f, weight, cu_seqlens)
     final = torch.empty(len(plan.sequences), *plan.state_shape, dtype=plan.dtype)
     count = saved_states(q.shape[0], q.shape[1], cu_seqlens is not None) if save else 0
-    saved = torch.zeros(count, *plan.state_shape, dtype=plan.dtype)  # packed sequences leave some of it unused
-    y = _Output(plan, torch.Size((*v.shape[:2], plan.heads, plan.value_dim)), output_dtype(q, k, v), by_row=False)
+    saved = torch.zeros(
+        count, *plan.state_shape, dtype=plan.dtype
+    )  # packed sequences leave some of it unused
+    y = _Output(
+        plan, torch.Size((*v.shape[:2], plan.heads, plan.value_dim)), output_dtype(q, k, v), by_row=False
+    )
     _run(
         kernels.forward, plan.units, plan.scratch(backward=False),
         np.array([*plan.describe_inputs(q, k, v, f), y.row]), plan.sequences, plan.sizes(weight.shape[0]),
@@ -256,7 +281,8 @@ def backward(
     """Gradients of q, k, v, f, the weight and the initial state, in the dtypes of these."""
     plan = _plan(q, k, v, f, weight, cu_seqlens)
     gradients = [
-        _Output(plan, x.shape, x.dtype, by_row=by_row) for x, by_row in ((q, True), (k, True), (v, False), (f, False))
+        _Output(plan, x.shape, x.dtype, by_row=by_row)
+        for x, by_row in ((q, True), (k, True), (v, False), (f, False))
     ]
     d_initial = None if initial_state is None else torch.empty(initial_state.shape, dtype=plan.dtype)
     padded = plan.padded_weight(weight)
@@ -271,7 +297,9 @@ def backward(
         math.inf if state_clip is None else float(state_clip),
     )  # fmt: skip
 
-    by_head = np.add.reduce(d_weight.reshape(-1, plan.heads, plan.width, plan.width), axis=0)  # in the units' order
+    by_head = np.add.reduce(
+        d_weight.reshape(-1, plan.heads, plan.width, plan.width), axis=0
+    )  # in the units' order
     by_source = np.add.reduce(by_head.reshape(weight.shape[0], -1, plan.width, plan.width), axis=1)
     dw = torch.from_numpy(by_source[:, : plan.value_dim, : plan.value_dim]).to(weight.dtype).contiguous()
     dq, dk, dv, df = (gradient.result() for gradient in gradients)

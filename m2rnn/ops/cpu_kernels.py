@@ -33,7 +33,17 @@ from m2rnn.ops.simd import element, fma, load, put, store, tanh, total, zeros_li
 # Rows of ``tensors``. The forward pass uses the first five; in the backward pass Y is the gradient of y.
 Q, K, V, F, Y, DQ, DK, DV, DF = range(9)
 # Columns of ``units``: ranges [first, last), and the unit's place among those that split rows and heads
-FIRST_SEQUENCE, LAST_SEQUENCE, FIRST_HEAD, LAST_HEAD, FIRST_ROW, LAST_ROW, ROW_BLOCK, HEAD_GROUP, UNIT_COLUMNS = range(9)
+(
+    FIRST_SEQUENCE,
+    LAST_SEQUENCE,
+    FIRST_HEAD,
+    LAST_HEAD,
+    FIRST_ROW,
+    LAST_ROW,
+    ROW_BLOCK,
+    HEAD_GROUP,
+    UNIT_COLUMNS,
+) = range(9)
 # Columns of ``sequences``: where a sequence lies, and the number of its first saved state
 BATCH_INDEX, START, LENGTH, FIRST_SAVED, SEQUENCE_COLUMNS = range(5)
 # Entries of ``sizes``
@@ -50,7 +60,9 @@ def _aligned_zeros(sizes: list[int], dtype: Any) -> list[np.ndarray]:
     starts = np.cumsum([0, *(-(-size // lanes) * lanes for size in sizes)]).tolist()
     memory = np.zeros(starts[-1] + lanes, dtype)
     shift = -memory.ctypes.data % VECTOR_BYTES // memory.itemsize
-    return [memory[shift + start : shift + start + size] for start, size in zip(starts[:-1], sizes, strict=True)]
+    return [
+        memory[shift + start : shift + start + size] for start, size in zip(starts[:-1], sizes, strict=True)
+    ]
 
 
 class Scratch(NamedTuple):
@@ -61,7 +73,9 @@ class Scratch(NamedTuple):
     v: np.ndarray  # [chunk, width]
     f: np.ndarray  # [chunk]
     y: np.ndarray  # [chunk, width]: y, or its gradient
-    states: np.ndarray  # [chunk + 1, rows, width]: H before each step and after the last; forward: [rows, width]
+    states: (
+        np.ndarray
+    )  # [chunk + 1, rows, width]: H before each step and after the last; forward: [rows, width]
     updates: np.ndarray  # [chunk, rows, width]: Z, which dX replaces on the way back; forward: [rows, width]
     dq: np.ndarray
     dk: np.ndarray
@@ -105,7 +119,10 @@ _CACHE_FOLDER = _cache_folder()
 def _jit(function: Any) -> Any:
     if _CACHE_FOLDER is None:
         return njit(nogil=True, error_model="numpy")(function)
-    previous, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(_CACHE_FOLDER)  # read when a function is declared
+    previous, numba.config.CACHE_DIR = (
+        numba.config.CACHE_DIR,
+        str(_CACHE_FOLDER),
+    )  # read when a function is declared
     try:
         return njit(nogil=True, cache=True, error_model="numpy")(function)
     finally:
@@ -167,7 +184,12 @@ def _unstage(out, tensor, unit, batch, start, steps, head):
     first, count, width, size = _place(tensor, unit)
     dtype, stride = tensor[DTYPE], size * tensor[CHANNEL]
     slot = unit[HEAD_GROUP] % tensor[HEAD_SLOTS] * tensor[ROW_SLOTS] + unit[ROW_BLOCK] % tensor[ROW_SLOTS]
-    origin = batch * tensor[BATCH] + head // tensor[REPEAT] * tensor[HEAD] + first * tensor[CHANNEL] + slot * tensor[SLOT]
+    origin = (
+        batch * tensor[BATCH]
+        + head // tensor[REPEAT] * tensor[HEAD]
+        + first * tensor[CHANNEL]
+        + slot * tensor[SLOT]
+    )
     for t in range(steps):
         address = tensor[ADDRESS] + size * (origin + (start + t) * tensor[TIME])
         at = t * width
@@ -287,7 +309,18 @@ def forward(first_unit, units, scratch, tensors, sequences, sizes, weight, initi
                     _stage(f, tensors[F], unit, batch, at, steps, head)
                     for t in range(steps):
                         _pre_activation(
-                            pre, state, origin, weight, weight_start, k, t * rows, v, t * width, rows, columns, width
+                            pre,
+                            state,
+                            origin,
+                            weight,
+                            weight_start,
+                            k,
+                            t * rows,
+                            v,
+                            t * width,
+                            rows,
+                            columns,
+                            width,
                         )
                         keep = element(f, t)
                         for p in range(0, width, lanes):
@@ -362,7 +395,11 @@ def backward(
                             dq_p, dk_p = zeros_like(dq), zeros_like(dk)
                             for p in range(0, width, lanes):
                                 i, j = r * width + p, t * width + p
-                                z, h, dy_p = load(updates, t * size + i), load(states, t * size + i), load(dy, j)
+                                z, h, dy_p = (
+                                    load(updates, t * size + i),
+                                    load(states, t * size + i),
+                                    load(dy, j),
+                                )
                                 g = fma(q_r, dy_p, simd.clamp(load(carry, i), clip))
                                 dx = (1 - keep) * g * (1 - z * z)
                                 dq_p = fma(load(states, (t + 1) * size + i), dy_p, dq_p)
@@ -384,7 +421,9 @@ def backward(
                                 )  # fmt: skip
                                 _store_rows(carry, i, width, c0, c1, c2, c3)
 
-                    for i in range(0, width, ROWS):  # dW += Σ H_{t-1}ᵀ dX, a chunk's sum on its own: less rounding
+                    for i in range(
+                        0, width, ROWS
+                    ):  # dW += Σ H_{t-1}ᵀ dX, a chunk's sum on its own: less rounding
                         for p in range(0, width, lanes):
                             j = i * width + p
                             zero = zeros_like(carry)
@@ -402,7 +441,9 @@ def backward(
                     _unstage(dv, tensors[DV], unit, batch, at, steps, head)
                     _unstage(df, tensors[DF], unit, batch, at, steps, head)
                 _save_state(d_initial, _state_offset(sizes, n, head, unit), carry, unit, sizes)
-            offset = ((first_unit + u) * (unit[LAST_HEAD] - unit[FIRST_HEAD]) + head - unit[FIRST_HEAD]) * area
+            offset = (
+                (first_unit + u) * (unit[LAST_HEAD] - unit[FIRST_HEAD]) + head - unit[FIRST_HEAD]
+            ) * area
             for i in range(area):
                 d_weight[offset + i] = d_head_weight[i]
 

@@ -91,10 +91,14 @@ def scan(
     with torch.autocast(q.device.type, enabled=False):
         for n, (rows, steps) in enumerate(_sequences(cu_seqlens)):
             state_BHKV = state_NHKV if cu_seqlens is None else state_NHKV[n : n + 1]
-            for q_BHK, k_BHK, v_BHV, f_BH in zip(*(x[rows, steps].unbind(1) for x in inputs_BTHX), strict=True):
+            for q_BHK, k_BHK, v_BHV, f_BH in zip(
+                *(x[rows, steps].unbind(1) for x in inputs_BTHX), strict=True
+            ):
                 _, state_BHKV = _step(state_BHKV, k_BHK, v_BHV, f_BH, weight_HVV)
                 outputs.append((q_BHK[..., None, :] @ state_BHKV).squeeze(-2))
-                if state_clip is not None:  # on what later steps and the final state see: y's gradient stays exact
+                if (
+                    state_clip is not None
+                ):  # on what later steps and the final state see: y's gradient stays exact
                     state_BHKV = _ClampGradient.apply(state_BHKV, state_clip)
             finals.append(state_BHKV)
     y_BTHV = torch.stack(outputs, 1) if outputs else q.new_zeros(*q.shape[:2], heads, v.shape[3])
@@ -136,7 +140,9 @@ def scan_backward(
             states, updates = [start[these]], []
             times = range(*steps.indices(q.shape[1]))
             for t in times:
-                update, state = _step(states[-1], k_BTHK[rows, t], v_BTHV[rows, t], f_BTH[rows, t], weight_HVV)
+                update, state = _step(
+                    states[-1], k_BTHK[rows, t], v_BTHV[rows, t], f_BTH[rows, t], weight_HVV
+                )
                 updates.append(update)
                 states.append(state)
             carry_BHKV = d_start[these]
