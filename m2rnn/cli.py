@@ -11,9 +11,7 @@ from m2rnn.training.track_settings import SettingsError, TrackSettings
 
 DEFAULT = TrackSettings()
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.callback()
@@ -38,9 +36,7 @@ def track(
     test_lengths: Annotated[str, typer.Option(help="Lengths to measure accuracy at.")] = ",".join(
         map(str, DEFAULT.test_lengths)
     ),
-    test_sequences: Annotated[
-        int, typer.Option(help="Sequences of each test length.")
-    ] = DEFAULT.test_sequences,
+    test_sequences: Annotated[int, typer.Option(help="Sequences of each test length.")] = DEFAULT.test_sequences,
     curriculum: Annotated[
         bool, typer.Option(help="Begin with 4 tokens and lengthen whenever they are learnt.")
     ] = DEFAULT.curriculum,

@@ -65,9 +65,7 @@ class Attention(nn.Module):
             raise ValueError(f"num_kv_heads ({num_kv_heads}) must divide num_heads ({num_heads})")
         if head_dim is None:
             if hidden_size % num_heads:
-                raise ValueError(
-                    f"num_heads ({num_heads}) must divide hidden_size ({hidden_size}), or give head_dim"
-                )
+                raise ValueError(f"num_heads ({num_heads}) must divide hidden_size ({hidden_size}), or give head_dim")
             head_dim = hidden_size // num_heads
         if rope_theta is not None and (rope_theta <= 0 or head_dim % 2):
             raise ValueError(f"rope_theta ({rope_theta}) must be positive and head_dim ({head_dim}) even")

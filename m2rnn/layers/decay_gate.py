@@ -41,9 +41,7 @@ class DecayGate(nn.Module):
         if not 0 <= A_range[0] <= A_range[1] or A_range[1] < SMALLEST_A:
             raise ValueError(f"A_range must be (low, high) with 0 <= low <= high and high > 0, got {A_range}")
         if not 0 < dt_range[0] <= dt_range[1] or dt_floor <= 0:
-            raise ValueError(
-                f"dt_range and dt_floor must be positive and ordered, got {dt_range} and {dt_floor}"
-            )
+            raise ValueError(f"dt_range and dt_floor must be positive and ordered, got {dt_range} and {dt_floor}")
         self.A_range, self.dt_range, self.dt_floor = A_range, dt_range, dt_floor
         self.A_log = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))

@@ -44,9 +44,7 @@ class GRU(nn.Module):
         if packing is not None:  # right-padded rows: the padding comes after every token, so it changes none
             packing = packing.aligned
             hidden = packing.pad(hidden)
-        initial = (
-            hidden.new_zeros(hidden.shape[0], self.rnn.hidden_size) if state is None else state.recurrent
-        )
+        initial = hidden.new_zeros(hidden.shape[0], self.rnn.hidden_size) if state is None else state.recurrent
         initial = initial.to(hidden.dtype)
         if hidden.numel():
             y = self.rnn(hidden, initial[None])[0]

@@ -34,9 +34,7 @@ class ShortConv(nn.Module):
         bound = self.width**-0.5
         initialize(self.weight, lambda weight: weight.uniform_(-bound, bound))
 
-    def forward(
-        self, x: Tensor, state: Tensor | None = None, packing: Packing | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, state: Tensor | None = None, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
         """``x`` [B, T, C] and ``state`` [B, width - 1, C] to the output and the new state, of the same
         shapes.
 
@@ -48,9 +46,7 @@ class ShortConv(nn.Module):
                 state = x.new_zeros(x.shape[0], past, x.shape[2])
             extended = torch.cat([state.to(x.dtype), x], 1)
             y = self._convolve(extended)
-            final_state = extended[
-                :, extended.shape[1] - past :
-            ].clone()  # a view would keep all inputs alive
+            final_state = extended[:, extended.shape[1] - past :].clone()  # a view would keep all inputs alive
         else:
             # In the extended row each sequence follows its own `past` inputs, so no output sees a neighbour.
             shift = packing.sequence_ids * past

@@ -59,8 +59,7 @@ class M2RNNConfig(PreTrainedConfig):
         self.mlps = self.mlps or ["swiglu"] * len(self.mixers)
         if not self.mixers or len(self.mixers) != len(self.mlps):
             raise ValueError(
-                f"mixers and mlps must name the same layers, got {len(self.mixers)} mixers and "
-                f"{len(self.mlps)} mlps"
+                f"mixers and mlps must name the same layers, got {len(self.mixers)} mixers and {len(self.mlps)} mlps"
             )
         _check_layers("mixer", self.mixers, self.mixer_options, MIXERS)
         _check_layers("mlp", self.mlps, self.mlp_options, MLPS)
@@ -72,9 +71,7 @@ class M2RNNConfig(PreTrainedConfig):
         return len(self.mixers)
 
 
-def _check_layers(
-    kind: str, names: list[str], options: dict[str, dict[str, Any]], classes: dict[str, Any]
-) -> None:
+def _check_layers(kind: str, names: list[str], options: dict[str, dict[str, Any]], classes: dict[str, Any]) -> None:
     for name in [*names, *options]:
         if name not in classes:
             raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(classes)}")

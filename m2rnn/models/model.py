@@ -277,9 +277,7 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
             shift_labels = next_labels(labels, packing)
         loss = logits = None
         if shift_labels is not None:
-            loss = chunked_cross_entropy(
-                hidden, shift_labels, self.lm_head, self.config.vocab_size, num_items_in_batch
-            )
+            loss = chunked_cross_entropy(hidden, shift_labels, self.lm_head, self.config.vocab_size, num_items_in_batch)
         if shift_labels is None or not self.training:
             if isinstance(logits_to_keep, Tensor):
                 hidden = hidden[:, logits_to_keep]
@@ -298,9 +296,7 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
     ) -> None:
         kind = generation_config.cache_implementation
         if kind is not None and not kind.startswith("dynamic"):
-            raise ValueError(
-                f"cache_implementation must be None, got {kind!r}: the model makes its own cache"
-            )
+            raise ValueError(f"cache_implementation must be None, got {kind!r}: the model makes its own cache")
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = M2RNNCache(self.config.num_hidden_layers)
 

@@ -56,9 +56,7 @@ def state_tracking(mixer: str = "m2rnn", vocab_size: int = 6, **overrides: Any) 
             pattern, intermediate_size = "AA", 64
             options = {"num_heads": 4, "rope_theta": 10000.0}
         case _:
-            raise ValueError(
-                f"no state-tracking model for mixer {mixer!r}; there are 'm2rnn', 'gru', 'attention'"
-            )
+            raise ValueError(f"no state-tracking model for mixer {mixer!r}; there are 'm2rnn', 'gru', 'attention'")
     return _config(
         pattern,
         {

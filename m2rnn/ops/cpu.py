@@ -42,9 +42,7 @@ if hasattr(os, "register_at_fork"):  # threads do not survive a fork
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-def _run(
-    kernel: Callable[..., None], units: np.ndarray, scratch: Callable[[], kernels.Scratch], *args: Any
-) -> None:
+def _run(kernel: Callable[..., None], units: np.ndarray, scratch: Callable[[], kernels.Scratch], *args: Any) -> None:
     """Call ``kernel`` on slices of ``units``, with scratch memory for each thread, until all of them are done."""
     threads = min(torch.get_num_threads(), len(units))
     calls = min(len(units), CALLS_PER_THREAD * threads) if threads > 1 else threads
@@ -251,12 +249,8 @@ def forward(
     plan = _plan(q, k, v, f, weight, cu_seqlens)
     final = torch.empty(len(plan.sequences), *plan.state_shape, dtype=plan.dtype)
     count = saved_states(q.shape[0], q.shape[1], cu_seqlens is not None) if save else 0
-    saved = torch.zeros(
-        count, *plan.state_shape, dtype=plan.dtype
-    )  # packed sequences leave some of it unused
-    y = _Output(
-        plan, torch.Size((*v.shape[:2], plan.heads, plan.value_dim)), output_dtype(q, k, v), by_row=False
-    )
+    saved = torch.zeros(count, *plan.state_shape, dtype=plan.dtype)  # packed sequences leave some of it unused
+    y = _Output(plan, torch.Size((*v.shape[:2], plan.heads, plan.value_dim)), output_dtype(q, k, v), by_row=False)
     _run(
         kernels.forward, plan.units, plan.scratch(backward=False),
         np.array([*plan.describe_inputs(q, k, v, f), y.row]), plan.sequences, plan.sizes(weight.shape[0]),
@@ -281,8 +275,7 @@ def backward(
     """Gradients of q, k, v, f, the weight and the initial state, in the dtypes of these."""
     plan = _plan(q, k, v, f, weight, cu_seqlens)
     gradients = [
-        _Output(plan, x.shape, x.dtype, by_row=by_row)
-        for x, by_row in ((q, True), (k, True), (v, False), (f, False))
+        _Output(plan, x.shape, x.dtype, by_row=by_row) for x, by_row in ((q, True), (k, True), (v, False), (f, False))
     ]
     d_initial = None if initial_state is None else torch.empty(initial_state.shape, dtype=plan.dtype)
     padded = plan.padded_weight(weight)
@@ -297,13 +290,13 @@ def backward(
         math.inf if state_clip is None else float(state_clip),
     )  # fmt: skip
 
-    by_head = np.add.reduce(
-        d_weight.reshape(-1, plan.heads, plan.width, plan.width), axis=0
-    )  # in the units' order
+    by_head = np.add.reduce(d_weight.reshape(-1, plan.heads, plan.width, plan.width), axis=0)  # in the units' order
     by_source = np.add.reduce(by_head.reshape(weight.shape[0], -1, plan.width, plan.width), axis=1)
     dw = torch.from_numpy(by_source[:, : plan.value_dim, : plan.value_dim]).to(weight.dtype).contiguous()
     dq, dk, dv, df = (gradient.result() for gradient in gradients)
-    return dq, dk, dv, df, dw, None if initial_state is None else d_initial.to(initial_state.dtype)
+    if initial_state is not None and d_initial is not None:
+        d_initial = d_initial.to(initial_state.dtype)
+    return dq, dk, dv, df, dw, d_initial
 
 
 def tanh(x: np.ndarray) -> np.ndarray:

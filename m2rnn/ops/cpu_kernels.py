@@ -60,9 +60,7 @@ def _aligned_zeros(sizes: list[int], dtype: Any) -> list[np.ndarray]:
     starts = np.cumsum([0, *(-(-size // lanes) * lanes for size in sizes)]).tolist()
     memory = np.zeros(starts[-1] + lanes, dtype)
     shift = -memory.ctypes.data % VECTOR_BYTES // memory.itemsize
-    return [
-        memory[shift + start : shift + start + size] for start, size in zip(starts[:-1], sizes, strict=True)
-    ]
+    return [memory[shift + start : shift + start + size] for start, size in zip(starts[:-1], sizes, strict=True)]
 
 
 class Scratch(NamedTuple):
@@ -73,9 +71,7 @@ class Scratch(NamedTuple):
     v: np.ndarray  # [chunk, width]
     f: np.ndarray  # [chunk]
     y: np.ndarray  # [chunk, width]: y, or its gradient
-    states: (
-        np.ndarray
-    )  # [chunk + 1, rows, width]: H before each step and after the last; forward: [rows, width]
+    states: np.ndarray  # [chunk + 1, rows, width]: H before each step and after the last; forward: [rows, width]
     updates: np.ndarray  # [chunk, rows, width]: Z, which dX replaces on the way back; forward: [rows, width]
     dq: np.ndarray
     dk: np.ndarray
@@ -185,10 +181,7 @@ def _unstage(out, tensor, unit, batch, start, steps, head):
     dtype, stride = tensor[DTYPE], size * tensor[CHANNEL]
     slot = unit[HEAD_GROUP] % tensor[HEAD_SLOTS] * tensor[ROW_SLOTS] + unit[ROW_BLOCK] % tensor[ROW_SLOTS]
     origin = (
-        batch * tensor[BATCH]
-        + head // tensor[REPEAT] * tensor[HEAD]
-        + first * tensor[CHANNEL]
-        + slot * tensor[SLOT]
+        batch * tensor[BATCH] + head // tensor[REPEAT] * tensor[HEAD] + first * tensor[CHANNEL] + slot * tensor[SLOT]
     )
     for t in range(steps):
         address = tensor[ADDRESS] + size * (origin + (start + t) * tensor[TIME])
@@ -415,15 +408,14 @@ def backward(
                             for p in range(0, width, lanes):
                                 i = r * width + p
                                 c0, c1, c2, c3 = _product(
-                                    updates, t * size + r * width, width, 1, transposed, weight_start + p, width, columns,
+                                    updates, t * size + r * width, width, 1,
+                                    transposed, weight_start + p, width, columns,
                                     load(carry, i), load(carry, i + width),
                                     load(carry, i + 2 * width), load(carry, i + 3 * width),
                                 )  # fmt: skip
                                 _store_rows(carry, i, width, c0, c1, c2, c3)
 
-                    for i in range(
-                        0, width, ROWS
-                    ):  # dW += Σ H_{t-1}ᵀ dX, a chunk's sum on its own: less rounding
+                    for i in range(0, width, ROWS):  # dW += Σ H_{t-1}ᵀ dX, a chunk's sum on its own: less rounding
                         for p in range(0, width, lanes):
                             j = i * width + p
                             zero = zeros_like(carry)
@@ -441,9 +433,7 @@ def backward(
                     _unstage(dv, tensors[DV], unit, batch, at, steps, head)
                     _unstage(df, tensors[DF], unit, batch, at, steps, head)
                 _save_state(d_initial, _state_offset(sizes, n, head, unit), carry, unit, sizes)
-            offset = (
-                (first_unit + u) * (unit[LAST_HEAD] - unit[FIRST_HEAD]) + head - unit[FIRST_HEAD]
-            ) * area
+            offset = ((first_unit + u) * (unit[LAST_HEAD] - unit[FIRST_HEAD]) + head - unit[FIRST_HEAD]) * area
             for i in range(area):
                 d_weight[offset + i] = d_head_weight[i]
 

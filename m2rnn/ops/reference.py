@@ -13,6 +13,7 @@ Dimensions, as they appear in names such as ``state_BHKV``:
 Source: M²RNN (arXiv 2603.14360), section 3.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ def repeat_heads(x: Tensor, heads: int, dim: int = 2) -> Tensor:
 
 def sum_heads(grad: Tensor, like: Tensor, dim: int = 2) -> Tensor:
     """The adjoint of ``repeat_heads``, in the shape and dtype of ``like``."""
-    return grad.unflatten(dim, (like.shape[dim], -1)).sum(dim + 1).to(like.dtype)
+    shared: Tensor = grad.unflatten(dim, (like.shape[dim], -1))
+    return shared.sum(dim + 1).to(like.dtype)
 
 
 class _ClampGradient(torch.autograd.Function):
@@ -43,7 +45,7 @@ class _ClampGradient(torch.autograd.Function):
         ctx.limit = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad.clamp(-ctx.limit, ctx.limit), None
 
 
@@ -52,7 +54,7 @@ def _sequences(cu_seqlens: Tensor | None) -> list[tuple[slice, slice]]:
     if cu_seqlens is None:
         return [(slice(None), slice(None))]
     bounds = cu_seqlens.tolist()
-    return [(slice(0, 1), slice(a, b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [(slice(0, 1), slice(a, b)) for a, b in itertools.pairwise(bounds)]
 
 
 def _zero_state(q: Tensor, v: Tensor, heads: int, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -60,9 +62,7 @@ def _zero_state(q: Tensor, v: Tensor, heads: int, cu_seqlens: Tensor | None, dty
     return q.new_zeros(sequences, heads, q.shape[3], v.shape[3], dtype=dtype)
 
 
-def _step(
-    state_BHKV: Tensor, k_BHK: Tensor, v_BHV: Tensor, f_BH: Tensor, weight_HVV: Tensor
-) -> tuple[Tensor, Tensor]:
+def _step(state_BHKV: Tensor, k_BHK: Tensor, v_BHV: Tensor, f_BH: Tensor, weight_HVV: Tensor) -> tuple[Tensor, Tensor]:
     """Z_t and H_t."""
     forget = f_BH[..., None, None]
     update_BHKV = torch.tanh(state_BHKV @ weight_HVV + k_BHK[..., :, None] * v_BHV[..., None, :])
@@ -91,14 +91,10 @@ def scan(
     with torch.autocast(q.device.type, enabled=False):
         for n, (rows, steps) in enumerate(_sequences(cu_seqlens)):
             state_BHKV = state_NHKV if cu_seqlens is None else state_NHKV[n : n + 1]
-            for q_BHK, k_BHK, v_BHV, f_BH in zip(
-                *(x[rows, steps].unbind(1) for x in inputs_BTHX), strict=True
-            ):
+            for q_BHK, k_BHK, v_BHV, f_BH in zip(*(x[rows, steps].unbind(1) for x in inputs_BTHX), strict=True):
                 _, state_BHKV = _step(state_BHKV, k_BHK, v_BHV, f_BH, weight_HVV)
                 outputs.append((q_BHK[..., None, :] @ state_BHKV).squeeze(-2))
-                if (
-                    state_clip is not None
-                ):  # on what later steps and the final state see: y's gradient stays exact
+                if state_clip is not None:  # on what later steps and the final state see: y's gradient stays exact
                     state_BHKV = _ClampGradient.apply(state_BHKV, state_clip)
             finals.append(state_BHKV)
     y_BTHV = torch.stack(outputs, 1) if outputs else q.new_zeros(*q.shape[:2], heads, v.shape[3])
@@ -140,9 +136,7 @@ def scan_backward(
             states, updates = [start[these]], []
             times = range(*steps.indices(q.shape[1]))
             for t in times:
-                update, state = _step(
-                    states[-1], k_BTHK[rows, t], v_BTHV[rows, t], f_BTH[rows, t], weight_HVV
-                )
+                update, state = _step(states[-1], k_BTHK[rows, t], v_BTHV[rows, t], f_BTH[rows, t], weight_HVV)
                 updates.append(update)
                 states.append(state)
             carry_BHKV = d_start[these]

@@ -4,6 +4,7 @@
 """
 
 import importlib.util
+import itertools
 import warnings
 from functools import lru_cache
 from types import ModuleType
@@ -112,11 +113,7 @@ def _apply(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     device = q.device.type
-    if (
-        q.dtype != torch.float64
-        and torch.amp.is_autocast_available(device)
-        and torch.is_autocast_enabled(device)
-    ):
+    if q.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     inputs = (q, k, v, f, weight) if initial_state is None else (q, k, v, f, weight, initial_state)
@@ -238,9 +235,7 @@ def _validate(
     sequences = leading[0]
     if cu_seqlens is not None:
         if not isinstance(cu_seqlens, Tensor):
-            raise ValueError(
-                f"cu_seqlens is a {type(cu_seqlens).__name__}, expected a tensor [sequences + 1]"
-            )
+            raise ValueError(f"cu_seqlens is a {type(cu_seqlens).__name__}, expected a tensor [sequences + 1]")
         shape = list(cu_seqlens.shape)
         if len(shape) != 1 or shape[0] < 1:
             raise ValueError(f"cu_seqlens has shape {shape}, expected [sequences + 1]")
@@ -265,11 +260,7 @@ def _validate_offsets(cu_seqlens: Tensor | None, steps: int) -> None:
     if cu_seqlens is None:
         return
     offsets = cu_seqlens.tolist()
-    if (
-        offsets[0] != 0
-        or offsets[-1] != steps
-        or any(a > b for a, b in zip(offsets, offsets[1:], strict=False))
-    ):
+    if offsets[0] != 0 or offsets[-1] != steps or any(a > b for a, b in itertools.pairwise(offsets)):
         shown = offsets if len(offsets) <= 8 else [*offsets[:4], "...", *offsets[-3:]]
         raise ValueError(f"cu_seqlens is {shown}, expected offsets that rise from 0 to T = {steps}")
 
@@ -373,9 +364,7 @@ def _(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     gradients = tuple(x.new_empty(x.shape) for x in (q, k, v, f, weight))
-    return *gradients, q.new_empty(0) if initial_state is None else initial_state.new_empty(
-        initial_state.shape
-    )  # type: ignore[return-value]
+    return *gradients, q.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)  # type: ignore[return-value]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -20,7 +20,7 @@ def output_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
 
 
 def chunk_length(steps: int) -> int:
-    """C, the steps between saved states: a power of two near √T, where T/C saved states and C recomputed ones balance."""
+    """C, the steps between saved states: a power of two near √T, where T/C saved and C recomputed states balance."""
     return 16 if steps <= 512 else 32 if steps <= 2048 else 64
 
 

@@ -58,9 +58,7 @@ def _as_vector(context: Any, builder: Any, value: Any, source: Any, target: Vect
     return _splat(builder, context.cast(builder, value, source, target.dtype), context.get_value_type(target))
 
 
-def _element_pointer(
-    context: Any, builder: Any, array_type: Any, array: Any, index: Any, llvm_type: Any
-) -> Any:
+def _element_pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any, llvm_type: Any) -> Any:
     data = context.make_array(array_type)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [index]), llvm_type.as_pointer())
 
@@ -73,18 +71,12 @@ def _define_operator(symbol: Any, instruction: str) -> None:
     class _Typing(AbstractTemplate):
         def generic(self, args: Any, kws: Any) -> Any:
             vectors = [a for a in args if isinstance(a, Vector)]
-            if (
-                len(args) == 2
-                and vectors
-                and all(a == vectors[0] or isinstance(a, types.Number) for a in args)
-            ):
+            if len(args) == 2 and vectors and all(a == vectors[0] or isinstance(a, types.Number) for a in args):
                 return signature(vectors[0], *args)
             return None
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        a, b = (
-            _as_vector(context, builder, x, t, sig.return_type) for x, t in zip(args, sig.args, strict=True)
-        )
+        a, b = (_as_vector(context, builder, x, t, sig.return_type) for x, t in zip(args, sig.args, strict=True))
         return getattr(builder, instruction)(a, b)
 
     for operands in ((Vector, Vector), (Vector, types.Number), (types.Number, Vector)):
@@ -124,9 +116,7 @@ def element(typingctx: Any, array: Any, index: Any) -> Any:
     """``array[index]`` of a contiguous one-dimensional array; no bounds check, no negative indices."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.load(
-            _element_pointer(context, builder, array, *args, context.get_value_type(array.dtype))
-        )
+        return builder.load(_element_pointer(context, builder, array, *args, context.get_value_type(array.dtype)))
 
     return array.dtype(array, types.intp), codegen
 
@@ -147,9 +137,7 @@ def put(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
 def zeros_like(typingctx: Any, array: Any) -> Any:
     """A vector of zeros of the array's dtype."""
     vector = Vector(array.dtype)
-    return vector(array), lambda context, builder, sig, args: ir.Constant(
-        context.get_value_type(vector), None
-    )
+    return vector(array), lambda context, builder, sig, args: ir.Constant(context.get_value_type(vector), None)
 
 
 @intrinsic
@@ -188,9 +176,7 @@ def total(typingctx: Any, x: Any) -> Any:
         while count > 1:
             count //= 2
             halves = (
-                builder.shuffle_vector(
-                    value, value, ir.Constant(ir.VectorType(ir.IntType(32), count), list(lanes))
-                )
+                builder.shuffle_vector(value, value, ir.Constant(ir.VectorType(ir.IntType(32), count), list(lanes)))
                 for lanes in (range(count), range(count, 2 * count))
             )
             value = builder.fadd(*halves)
@@ -237,18 +223,14 @@ def tanh(typingctx: Any, x: Any) -> Any:
         saturated = builder.fcmp_ordered(">", magnitude, number(saturation))  # false for NaN, which passes
         magnitude = builder.select(saturated, number(saturation), magnitude)
         argument = builder.fadd(magnitude, magnitude)
-        rounder = number(
-            1.5 * 2.0**mantissa
-        )  # adding it rounds to an integer and leaves that in the low bits
+        rounder = number(1.5 * 2.0**mantissa)  # adding it rounds to an integer and leaves that in the low bits
         rounded = fma(magnitude, number(2.0 / math.log(2)), rounder)
         n = builder.fsub(rounded, rounder)
         r = fma(n, number(-ln2_high), argument)
         if ln2_low:
             r = fma(n, number(-ln2_low), r)
         series, power_of_r = [number(c) for c in _EXPM1[bits]], r
-        while (
-            len(series) > 1
-        ):  # in pairs (Estrin), since the latency of one long chain is what would take the time
+        while len(series) > 1:  # in pairs (Estrin), since the latency of one long chain is what would take the time
             pairs = zip(series[::2], series[1::2], strict=False)
             series = [fma(odd, power_of_r, even) for even, odd in pairs] + series[len(series) & ~1 :]
             power_of_r = builder.fmul(power_of_r, power_of_r)
@@ -326,6 +308,4 @@ def _define_write(llvm_type: Any, value_type: types.Float, convert: Any) -> Any:
 write_float32 = _define_write(ir.FloatType(), types.float32, lambda builder, x: x)
 write_float64 = _define_write(ir.DoubleType(), types.float64, lambda builder, x: x)
 write_bfloat16 = _define_write(ir.IntType(16), types.float32, _float32_to_bfloat16)
-write_float16 = _define_write(
-    ir.HalfType(), types.float32, lambda builder, x: builder.fptrunc(x, ir.HalfType())
-)
+write_float16 = _define_write(ir.HalfType(), types.float32, lambda builder, x: builder.fptrunc(x, ir.HalfType()))

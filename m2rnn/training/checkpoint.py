@@ -33,9 +33,7 @@ def save_checkpoint(
         shutil.rmtree(older)
 
 
-def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, Any] | None:
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
     """Load the newest checkpoint into model and optimizer and return its state; None if there is none."""
     paths = _checkpoints(folder)
     if not paths:
