@@ -54,8 +54,9 @@ def _check(results: dict[str, Tensor], problem: Problem) -> None:
         rounded = run_autograd(double)
         for name, x in results.items():
             error = relative_error(x, expected[name])
-            posed = error <= 10 * relative_error(rounded[name], expected[name])
-            if error > TOLERANCES[problem.case.dtype][KIND.get(name, "gradient")] and not posed:
+            allowed = 10 * relative_error(rounded[name], expected[name])
+            allowed += 2 * relative_error(expected[name].to(x.dtype), expected[name])  # denormals of float16
+            if not error <= max(allowed, TOLERANCES[problem.case.dtype][KIND.get(name, "gradient")]):
                 raise
 
 
