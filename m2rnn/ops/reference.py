@@ -95,7 +95,7 @@ def scan(
                 _, state_BHKV = _step(state_BHKV, k_BHK, v_BHV, f_BH, weight_HVV)
                 outputs.append((q_BHK[..., None, :] @ state_BHKV).squeeze(-2))
                 if state_clip is not None:  # on what later steps and the final state see: y's gradient stays exact
-                    state_BHKV = _ClampGradient.apply(state_BHKV, state_clip)
+                    state_BHKV = _ClampGradient.apply(state_BHKV, state_clip)  # type: ignore[no-untyped-call]
             finals.append(state_BHKV)
     y_BTHV = torch.stack(outputs, 1) if outputs else q.new_zeros(*q.shape[:2], heads, v.shape[3])
     return y_BTHV.to(output_dtype(q, k, v)), torch.cat(finals) if finals else state_NHKV

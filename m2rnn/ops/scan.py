@@ -345,7 +345,7 @@ def _scan_backward(
             *gradients, d_initial = reference.scan_backward(
                 dy, d_final, q, k, v, f, weight, initial_state, cu_seqlens, state_clip
             )
-    return *gradients, q.new_empty(0) if d_initial is None else d_initial  # type: ignore[return-value]
+    return *gradients, q.new_empty(0) if d_initial is None else d_initial
 
 
 @_scan_backward.register_fake
