@@ -77,9 +77,7 @@ def flops(shape: tuple[int, ...], backward: bool) -> int:
     batch, steps, heads, key, value = shape
     rows = batch * steps * heads * key
     ahead = rows * value * (2 * value + 2 + 4 + 2)  # H W, + k vᵀ, blend, y
-    back = (
-        rows * value * (2 * 2 * value + 2 + 4 + 2 + 2 * 4)
-    )  # dX Wᵀ and Hᵀ dX; q dyᵀ, dX, f G; dq, dk, dv, df
+    back = rows * value * (2 * 2 * value + 2 + 4 + 2 + 2 * 4)  # dX Wᵀ and Hᵀ dX; q dyᵀ, dX, f G; dq, dk, dv, df
     return ahead + back if backward else ahead
 
 
@@ -204,9 +202,7 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     part.replace(path)
 
 
-def measure(
-    shape: tuple[int, ...], dtype: str, threads: int, repeats: int, speed: float
-) -> list[dict[str, Any]]:
+def measure(shape: tuple[int, ...], dtype: str, threads: int, repeats: int, speed: float) -> list[dict[str, Any]]:
     """Rows of the table for one shape; printed as they come."""
     import torch
 
