@@ -283,7 +283,8 @@ def forward(first_unit, units, scratch, tensors, sequences, sizes, weight, initi
     origin = 0
     for u in range(units.shape[0]):
         unit = units[u]
-        rows = (unit[LAST_ROW] - unit[FIRST_ROW] + ROWS - 1) // ROWS * ROWS
+        count = unit[LAST_ROW] - unit[FIRST_ROW]
+        rows = (count + ROWS - 1) // ROWS * ROWS
         for head in range(unit[FIRST_HEAD], unit[LAST_HEAD]):
             weight_start = head // sizes[WEIGHT_REPEAT] * width * width
             for n in range(unit[FIRST_SEQUENCE], unit[LAST_SEQUENCE]):
@@ -318,7 +319,7 @@ def forward(first_unit, units, scratch, tensors, sequences, sizes, weight, initi
                         keep = element(f, t)
                         for p in range(0, width, lanes):
                             y_p = zeros_like(y)
-                            for r in range(rows):
+                            for r in range(count):
                                 i = r * width + p
                                 z = tanh(load(pre, i))
                                 h = fma(keep, load(state, i), (1 - keep) * z)
@@ -343,7 +344,8 @@ def backward(
     area = width * width
     for u in range(units.shape[0]):
         unit = units[u]
-        rows = (unit[LAST_ROW] - unit[FIRST_ROW] + ROWS - 1) // ROWS * ROWS
+        count = unit[LAST_ROW] - unit[FIRST_ROW]
+        rows = (count + ROWS - 1) // ROWS * ROWS
         size = rows * width
         for head in range(unit[FIRST_HEAD], unit[LAST_HEAD]):
             weight_start = head // sizes[WEIGHT_REPEAT] * area
@@ -373,17 +375,20 @@ def backward(
                             rows, columns, width,
                         )  # fmt: skip
                         keep = element(f, t)
-                        for i in range(t * size, (t + 1) * size, lanes):
+                        for i in range(t * size, t * size + count * width, lanes):
                             z = tanh(load(updates, i))
                             store(updates, i, z)
                             store(states, i + size, fma(keep, load(states, i), (1 - keep) * z))
+                        for i in range(t * size + count * width, (t + 1) * size, lanes):  # padding: 0 · inf is not 0
+                            store(updates, i, zeros_like(updates))
+                            store(states, i + size, zeros_like(states))
 
                     for t in range(steps - 1, -1, -1):
                         keep = element(f, t)
                         df_p = zeros_like(df)
                         for p in range(0, width, lanes):
                             store(dv, t * width + p, zeros_like(dv))
-                        for r in range(rows):
+                        for r in range(count):
                             q_r, k_r = element(q, t * rows + r), element(k, t * rows + r)
                             dq_p, dk_p = zeros_like(dq), zeros_like(dk)
                             for p in range(0, width, lanes):

@@ -119,7 +119,7 @@ def _apply(
     inputs = (q, k, v, f, weight) if initial_state is None else (q, k, v, f, weight, initial_state)
     save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     clip = None if state_clip is None else float(state_clip)
-    y, final_state, _ = _scan(q, k, v, f, weight, initial_state, cu_seqlens, clip, backend, save)
+    y, final_state, _ = torch.ops.m2rnn.scan(q, k, v, f, weight, initial_state, cu_seqlens, clip, backend, save)
     return y, final_state
 
 
@@ -268,7 +268,21 @@ def _validate_offsets(cu_seqlens: Tensor | None, steps: int) -> None:
 # ---------------------------------------------------------------------------------------- operators and autograd
 
 
-@torch.library.custom_op("m2rnn::scan", mutates_args=())
+# torch.library.custom_op would say the same in fewer lines, but imports torch's compiler at the first call: a second
+_LIBRARY = torch.library.Library("m2rnn", "DEF")
+_ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor f, Tensor weight, Tensor? initial_state"
+_LIBRARY.define(
+    f"scan({_ARGUMENTS}, Tensor? cu_seqlens, float? state_clip, str? backend, bool save) -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_LIBRARY.define(
+    f"scan_backward(Tensor? dy, Tensor? d_final, {_ARGUMENTS}, Tensor saved, Tensor? cu_seqlens, float? state_clip,"
+    " str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl(_LIBRARY, "scan", "CompositeExplicitAutograd")
 def _scan(
     q: Tensor,
     k: Tensor,
@@ -292,8 +306,8 @@ def _scan(
             return y.clone(), final.clone(), final.new_empty(0)
 
 
-@_scan.register_fake
-def _(
+@torch.library.register_fake("m2rnn::scan", lib=_LIBRARY)
+def _scan_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -317,7 +331,7 @@ def _(
     return y, final, final.new_empty(count, *state)
 
 
-@torch.library.custom_op("m2rnn::scan_backward", mutates_args=())
+@torch.library.impl(_LIBRARY, "scan_backward", "CompositeExplicitAutograd")
 def _scan_backward(
     dy: Tensor | None,
     d_final: Tensor | None,
@@ -348,8 +362,8 @@ def _scan_backward(
     return *gradients, q.new_empty(0) if d_initial is None else d_initial
 
 
-@_scan_backward.register_fake
-def _(
+@torch.library.register_fake("m2rnn::scan_backward", lib=_LIBRARY)
+def _scan_backward_fake(
     dy: Tensor | None,
     d_final: Tensor | None,
     q: Tensor,
@@ -378,10 +392,17 @@ def _autograd(ctx: Any, dy: Tensor | None, d_final: Tensor | None, _: Any) -> tu
     q, k, v, f, weight, initial_state, cu_seqlens, saved = ctx.saved_tensors
     if dy is None and d_final is None:
         return (None,) * 10
-    *gradients, d_initial = _scan_backward(
+    *gradients, d_initial = torch.ops.m2rnn.scan_backward(
         dy, d_final, q, k, v, f, weight, initial_state, saved, cu_seqlens, ctx.state_clip, ctx.backend
     )
     return *gradients, None if initial_state is None else d_initial, None, None, None, None
 
 
-_scan.register_autograd(_autograd, setup_context=_setup_context)
+torch.library.register_autograd("m2rnn::scan", _autograd, setup_context=_setup_context, lib=_LIBRARY)
+
+
+def _no_second_derivative(ctx: Any, *gradients: Tensor | None) -> None:
+    raise RuntimeError("m2rnn_scan can be differentiated once: its gradient has no derivative (create_graph=True)")
+
+
+torch.library.register_autograd("m2rnn::scan_backward", _no_second_derivative, lib=_LIBRARY)
