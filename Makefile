@@ -20,7 +20,7 @@ INSTALLED := $(VENV)/.installed
 
 demo: $(INSTALLED)
 	$(BIN)/m2rnn track --group S3 --compare m2rnn,gru,attention --train-length 128 \
-		--test-lengths 128,256,512,1024,4096 --out runs/s3 $(DEMO_ARGS)
+		--test-lengths 4,16,64,128,256,512,1024,4096 --out runs/s3 $(DEMO_ARGS)
 
 # Two workers, each on one thread: many small tests gain more from that than from threads inside each.
 test: $(INSTALLED)
