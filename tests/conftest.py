@@ -26,9 +26,7 @@ def _poison_uninitialised_memory() -> None:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
-        m_perturb = (
-            -6
-        )  # glibc: fresh memory is filled with the complement of this byte, freed memory with the byte
+        m_perturb = -6  # glibc: fresh memory is filled with the complement of this byte, freed memory with the byte
         ctypes.CDLL(None).mallopt(m_perturb, 0x80)  # 0x7f7f7f7f is 3.4e38 in float32, NaN in float16
     except (AttributeError, OSError, TypeError):
         pass  # not glibc
@@ -38,9 +36,7 @@ _poison_uninitialised_memory()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--exhaustive", action="store_true", help="test tanh on every float32, minutes instead of seconds"
-    )
+    parser.addoption("--exhaustive", action="store_true", help="test tanh on every float32, minutes instead of seconds")
     parser.addoption("--fuzz-seconds", type=float, default=2.0, help="how long the seeded fuzz runs")
     parser.addoption("--fuzz-seed", type=int, default=0, help="first seed of the fuzz")
 
@@ -50,9 +46,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(
             "backend",
             [
-                pytest.param(
-                    name, marks=[] if reason is None else pytest.mark.skip(reason=f"{name}: {reason}")
-                )
+                pytest.param(name, marks=[] if reason is None else pytest.mark.skip(reason=f"{name}: {reason}"))
                 for name, reason in available_backends().items()
             ],
             scope="session",

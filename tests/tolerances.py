@@ -29,16 +29,12 @@ def relative_error(actual: Tensor, reference: Tensor) -> float:
     return error / norm
 
 
-def assert_close(
-    actual: Tensor, reference: Tensor, dtype: torch.dtype, kind: str, name: str = "result"
-) -> None:
+def assert_close(actual: Tensor, reference: Tensor, dtype: torch.dtype, kind: str, name: str = "result") -> None:
     """``actual`` is ``reference`` to the table's tolerance for a ``kind`` of result from ``dtype``."""
     __tracebackhide__ = True
     tolerance = TOLERANCES[dtype][kind]
     if actual.shape != reference.shape:
-        raise AssertionError(
-            f"{name}: shape {tuple(actual.shape)}, the reference has {tuple(reference.shape)}"
-        )
+        raise AssertionError(f"{name}: shape {tuple(actual.shape)}, the reference has {tuple(reference.shape)}")
     error = relative_error(actual, reference)
     if error <= tolerance:  # false for NaN
         return

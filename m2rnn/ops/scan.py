@@ -113,7 +113,7 @@ def _apply(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     device = q.device.type
-    if q.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if q.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     inputs = (q, k, v, f, weight) if initial_state is None else (q, k, v, f, weight, initial_state)

@@ -18,9 +18,7 @@ from m2rnn.training.run_folder import RunFolderError
 from m2rnn.training.track_settings import SettingsError, TrackSettings
 
 TINY = {"hidden_size": 8, "mixer_options": {"m2rnn": {"value_dim": 4}}}
-QUICK = TrackSettings(
-    model=TINY, train_length=4, steps=2, batch_size=2, test_lengths=(4, 8), test_sequences=6
-)
+QUICK = TrackSettings(model=TINY, train_length=4, steps=2, batch_size=2, test_lengths=(4, 8), test_sequences=6)
 
 
 SOLVED = TrackSettings(

@@ -14,16 +14,13 @@ def straight_line(layer: Attention, x: torch.Tensor) -> torch.Tensor:
     heads, kv_heads, dim = layer.num_heads, layer.num_kv_heads, layer.head_dim
     projected = x @ layer.in_proj.weight.T
     q, k, v = (
-        part.unflatten(1, (-1, dim))
-        for part in projected.split([heads * dim, kv_heads * dim, kv_heads * dim], 1)
+        part.unflatten(1, (-1, dim)) for part in projected.split([heads * dim, kv_heads * dim, kv_heads * dim], 1)
     )
     if layer.rope_theta is not None:
         angles = [[t * layer.rope_theta ** (-2 * i / dim) for i in range(dim // 2)] for t in range(len(x))]
         turn = torch.exp(1j * torch.tensor(angles, dtype=torch.float64))[:, None]
         q, k = (
-            (lambda z: torch.cat([z.real, z.imag], -1))(
-                torch.complex(a[..., : dim // 2], a[..., dim // 2 :]) * turn
-            )
+            (lambda z: torch.cat([z.real, z.imag], -1))(torch.complex(a[..., : dim // 2], a[..., dim // 2 :]) * turn)
             for a in (q, k)
         )
     rows = []

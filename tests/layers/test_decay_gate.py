@@ -26,9 +26,7 @@ def test_initial_ranges() -> None:
     assert A.mean().item() == pytest.approx(8, rel=0.02)
     assert dt.min() >= 0.99e-3
     assert dt.max() <= 0.101
-    assert dt.log().mean().item() == pytest.approx(
-        math.log(1e-2), rel=0.01
-    )  # log-uniform between 1e-3 and 1e-1
+    assert dt.log().mean().item() == pytest.approx(math.log(1e-2), rel=0.01)  # log-uniform between 1e-3 and 1e-1
     gate = DecayGate(1000, A_range=(4, 4), dt_range=(1e-6, 1e-5), dt_floor=2e-4)
     assert torch.allclose(gate.A_log.exp(), torch.tensor(4.0))
     assert torch.allclose(F.softplus(gate.dt_bias), torch.tensor(2e-4), rtol=1e-3)

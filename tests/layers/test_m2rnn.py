@@ -51,11 +51,7 @@ def straight_line(layer: M2RNN, x: Tensor, options: dict) -> Tensor:
         taps = p["conv.weight"].shape[2]
         qkv = torch.stack(
             [
-                sum(
-                    p["conv.weight"][:, 0, taps - 1 - lag] * qkv[t - lag]
-                    for lag in range(taps)
-                    if t - lag >= 0
-                )
+                sum(p["conv.weight"][:, 0, taps - 1 - lag] * qkv[t - lag] for lag in range(taps) if t - lag >= 0)
                 for t in range(len(x))
             ]
         )

@@ -64,9 +64,7 @@ def test_generation_goes_on_from_a_returned_cache(name: str, padded: bool) -> No
     if padded:
         mask[1, :3] = 0
     arguments = {"do_sample": False, "return_dict_in_generate": True}
-    whole = model.generate(
-        ids, attention_mask=mask, max_new_tokens=9, min_new_tokens=9, **arguments
-    ).sequences
+    whole = model.generate(ids, attention_mask=mask, max_new_tokens=9, min_new_tokens=9, **arguments).sequences
     first = model.generate(ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, **arguments)
     assert isinstance(first.past_key_values, M2RNNCache)
     assert first.past_key_values.get_seq_length() == PROMPT + 3

@@ -163,9 +163,7 @@ def test_forget_gate_stays_float32_when_loaded_in_16_bits(dtype: torch.dtype, tm
         for name, parameter in loaded.named_parameters():
             assert parameter.dtype == (torch.float32 if id(parameter) in gate else dtype), name
     for name, value in model.model.layers[0].mixer.decay_gate.named_parameters():
-        loaded_value = (
-            M2RNNForCausalLM.from_pretrained(tmp_path, dtype=dtype).model.layers[0].mixer.decay_gate
-        )
+        loaded_value = M2RNNForCausalLM.from_pretrained(tmp_path, dtype=dtype).model.layers[0].mixer.decay_gate
         assert torch.equal(dict(loaded_value.named_parameters())[name], value)
 
 

@@ -83,9 +83,7 @@ def test_mask_of_ones_and_given_positions_change_nothing(name: str) -> None:
     mask = torch.ones_like(ids)
     assert torch.equal(model.model(ids, attention_mask=mask).last_hidden_state, expected)
     positions = torch.arange(6)[None]
-    assert_close(
-        model.model(ids, position_ids=positions).last_hidden_state, expected, torch.float64, "output"
-    )
+    assert_close(model.model(ids, position_ids=positions).last_hidden_state, expected, torch.float64, "output")
 
 
 def test_given_positions_go_with_their_tokens_through_padding() -> None:

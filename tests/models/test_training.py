@@ -24,9 +24,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str, reentrant: b
     expected = gradients(model, ids, attention_mask=mask)
     calls = []
     model.model.layers[0].mixer_norm.register_forward_hook(lambda *_: calls.append(1))
-    newest = hasattr(
-        model, "activation_checkpointing_enable"
-    )  # transformers renamed it on the way to version 6
+    newest = hasattr(model, "activation_checkpointing_enable")  # transformers renamed it on the way to version 6
     enable = model.activation_checkpointing_enable if newest else model.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
     for key, gradient in gradients(model, ids, attention_mask=mask, use_cache=True).items():

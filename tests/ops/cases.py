@@ -119,9 +119,7 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
     return x.contiguous()
 
 
-def make_problem(
-    case: Case, *, seed: int = 0, device: str = "cpu", grads: Iterable[str] = GRADIENTS
-) -> Problem:
+def make_problem(case: Case, *, seed: int = 0, device: str = "cpu", grads: Iterable[str] = GRADIENTS) -> Problem:
     """Random inputs and cotangents for ``case``, with gradients for the inputs named in ``grads``."""
     generator = torch.Generator().manual_seed(seed)
     rows, steps, n_heads = case.rows, case.steps, max(case.heads)
@@ -134,9 +132,7 @@ def make_problem(
 
     q_heads, k_heads, v_heads, f_heads, w_heads = case.heads
     f, rate = uniform(rows, steps, f_heads), uniform(f_heads)
-    if (
-        case.forget == "slow"
-    ):  # one rate a head, down to 1e-4: a 16-bit state would stand still, as would a 16-bit f
+    if case.forget == "slow":  # one rate a head, down to 1e-4: a 16-bit state would stand still, as would a 16-bit f
         f = 1 - f * 10 ** (-1 - rate if (case.gates or case.dtype).itemsize == 2 else -2 - 2 * rate)
     elif case.forget == "ends":
         ends = uniform(rows, steps, f_heads)
@@ -161,10 +157,7 @@ def make_problem(
     grads = set(grads)
     return Problem(
         case,
-        {
-            name: lay_out(x.to(device), case.layout).requires_grad_(name in grads)
-            for name, x in inputs.items()
-        },
+        {name: lay_out(x.to(device), case.layout).requires_grad_(name in grads) for name, x in inputs.items()},
         {name: lay_out(x.to(device), case.layout) for name, x in cotangents.items()},
         cu_seqlens,
     )
@@ -254,9 +247,7 @@ def check(results: dict[str, Tensor], expected: dict[str, Tensor], case: Case) -
     """Every result that was computed is within the tolerance of the case's dtype."""
     __tracebackhide__ = True
     for name, x in results.items():
-        assert_close(
-            x, expected[name], case.dtype, KIND.get(name, "gradient"), name if name in KIND else f"d{name}"
-        )
+        assert_close(x, expected[name], case.dtype, KIND.get(name, "gradient"), name if name in KIND else f"d{name}")
 
 
 # Each pair of values of two of these factors occurs in some standard case.
@@ -338,9 +329,7 @@ def _cover_pairs(factors: dict[str, list[Any]], seed: int = 0) -> list[dict[str,
         for _ in range(40):
             row = [rng.randrange(len(factors[name])) for name in names]
             row[start[0]], row[start[2]] = start[1], start[3]
-            covered = missing & {
-                (a, row[a], b, row[b]) for a, b in itertools.combinations(range(len(names)), 2)
-            }
+            covered = missing & {(a, row[a], b, row[b]) for a, b in itertools.combinations(range(len(names)), 2)}
             if len(covered) > len(best[0]):
                 best = (covered, row)
         missing -= best[0]
@@ -355,9 +344,7 @@ SLOW = [
     for dtype in (torch.bfloat16, torch.float16)
 ]
 #: The cases that every backend has to pass: all pairs of factors, and each of them in float32.
-STANDARD = list(
-    dict.fromkeys([*_PAIRS, *(replace(case, dtype=torch.float32, gates=None) for case in _PAIRS), *SLOW])
-)
+STANDARD = list(dict.fromkeys([*_PAIRS, *(replace(case, dtype=torch.float32, gates=None) for case in _PAIRS), *SLOW]))
 
 #: The longest that the tolerances promise, for every dtype at once: see ``make_long``.
 LONG = Case(time=4096, value=16, forget="slow", dtype=torch.float64)

@@ -77,8 +77,7 @@ def straight_line(problem: Problem, mutation: str | None = None) -> dict[str, Te
     else:
         ends = torch.tensor(case.lengths, dtype=torch.int64).cumsum(0).tolist()
         sequences = [
-            (slice(n, n + 1), slice(0, 1), e - t, e)
-            for n, (t, e) in enumerate(zip(case.lengths, ends, strict=True))
+            (slice(n, n + 1), slice(0, 1), e - t, e) for n, (t, e) in enumerate(zip(case.lengths, ends, strict=True))
         ]
 
     leaked = None
@@ -87,9 +86,7 @@ def straight_line(problem: Problem, mutation: str | None = None) -> dict[str, Te
         history = []
         for t in range(start, end):
             q, k, v, f = (wide[name][rows, t] for name in ("q", "k", "v", "f"))
-            forget = (
-                torch.zeros_like(f)[..., None, None] if mutation == "forget ignored" else f[..., None, None]
-            )
+            forget = torch.zeros_like(f)[..., None, None] if mutation == "forget ignored" else f[..., None, None]
             z = h @ (w.mT if mutation == "weight transposed" else w) + k[..., :, None] * v[..., None, :]
             if mutation != "tanh removed":
                 z = z.tanh()
@@ -108,9 +105,7 @@ def straight_line(problem: Problem, mutation: str | None = None) -> dict[str, Te
         for t in reversed(range(start, end)):
             before, z, after, q, k, v, forget = history[t - start]
             dy = cotangents["y"][rows, t]
-            spared = mutation == "clamp missing" or (
-                mutation == "clamp spares the final state" and t == end - 1
-            )
+            spared = mutation == "clamp missing" or (mutation == "clamp spares the final state" and t == end - 1)
             g = q[..., :, None] * dy[..., None, :]
             if mutation == "clamp on G" and case.clip is not None:
                 g = (g + carry).clamp(-case.clip, case.clip)
@@ -126,9 +121,7 @@ def straight_line(problem: Problem, mutation: str | None = None) -> dict[str, Te
             grad["k"][rows, t] = (dx * v[..., None, :]).sum(-1)
             if not (mutation == "last step of a sequence dropped" and t == end - 1):
                 grad["v"][rows, t] = (dx * k[..., :, None]).sum(-2)
-            grad["f"][rows, t] = (g * (before if mutation == "forget halved gradient" else before - z)).sum(
-                (-1, -2)
-            )
+            grad["f"][rows, t] = (g * (before if mutation == "forget halved gradient" else before - z)).sum((-1, -2))
         if mutation == "clamp on dH_0" and case.clip is not None:
             carry = carry.clamp(-case.clip, case.clip)
         d_initial[states] = carry

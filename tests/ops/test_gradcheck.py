@@ -40,9 +40,7 @@ def test_operator(case: Case, backend: str, device: str) -> None:
         pytest.skip("GPU kernels compute in float32")
     _gradcheck(
         case,
-        lambda inputs, p: m2rnn_scan(
-            **inputs, output_final_state=case.final, cu_seqlens=p.cu_seqlens, backend=backend
-        ),
+        lambda inputs, p: m2rnn_scan(**inputs, output_final_state=case.final, cu_seqlens=p.cu_seqlens, backend=backend),
     )
 
 
@@ -52,9 +50,7 @@ def test_a_clip_that_never_bites_changes_nothing(backend: str, device: str) -> N
     for clip in (None, 1e30, float("inf")):
         problem = make_problem(replace(case, clip=clip), device=device)
         y, state = m2rnn_scan(**problem.inputs, output_final_state=True, state_clip=clip, backend=backend)
-        grads.append(
-            torch.autograd.grad([y, state], list(problem.inputs.values()), list(problem.cotangents.values()))
-        )
+        grads.append(torch.autograd.grad([y, state], list(problem.inputs.values()), list(problem.cotangents.values())))
     for other in grads[1:]:
         for a, b in zip(grads[0], other, strict=True):
             assert torch.equal(a, b)

@@ -66,17 +66,13 @@ print(json.dumps([0 if backend == "autograd" else extra(infer, inputs, dy), extr
 def extra_bytes(backend: str, steps: int) -> tuple[int, int]:
     """Growth of the peak beyond the results: of a forward alone, and of a forward and backward."""
     arguments = json.dumps([backend, BATCH, steps, HEADS, KEY, VALUE])
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD, arguments], capture_output=True, text=True, check=False
-    )
+    child = subprocess.run([sys.executable, "-c", CHILD, arguments], capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr
     infer, train = json.loads(child.stdout.splitlines()[-1])
     return infer, train
 
 
-@pytest.mark.skipif(
-    available_backends().get("cpu", "no") is not None, reason="the cpu backend does not run here"
-)
+@pytest.mark.skipif(available_backends().get("cpu", "no") is not None, reason="the cpu backend does not run here")
 def test_cpu_saves_one_state_in_a_chunk() -> None:
     """Training: T/C saved states, C of scratch, as much again for partial sums. Inference: a few."""
     steps = 2048
@@ -84,9 +80,7 @@ def test_cpu_saves_one_state_in_a_chunk() -> None:
     bound = 2 * (steps / CHUNK + CHUNK) * STATE_BYTES + SLACK
     every_state = steps * STATE_BYTES
     assert bound < every_state / 3, "the bound would not notice that every state is saved"
-    assert train <= bound, (
-        f"{train / 2**20:.1f} MiB, bound {bound / 2**20:.1f}, all {every_state / 2**20:.1f}"
-    )
+    assert train <= bound, f"{train / 2**20:.1f} MiB, bound {bound / 2**20:.1f}, all {every_state / 2**20:.1f}"
     assert infer <= 16 * STATE_BYTES + SLACK, f"{infer / 2**20:.1f} MiB"
 
 

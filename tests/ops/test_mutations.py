@@ -81,9 +81,7 @@ APPLIES: dict[str, Callable[[Case], bool]] = {
     "initial state ignored": lambda case: case.initial,
     "gradient of the final state ignored": lambda case: _late_gradient(case) and case.steps < 50,
     "state leaks": lambda case: sum(n > 0 for n in case.lengths or ()) > 1 and case.layout != "expanded",
-    "last step of a sequence dropped": lambda case: (
-        case.steps < 32 and case.forget == "spread" and _varied(case)
-    ),
+    "last step of a sequence dropped": lambda case: case.steps < 32 and case.forget == "spread" and _varied(case),
 }
 
 

@@ -45,15 +45,11 @@ def test_packed_equals_one_sequence_at_a_time(
     apart = evaluate(make_problem(case, device=device), lambda p: _apart(p, backend))
     tolerance = 1e-12 if case.dtype == torch.float64 else 1e-5
     for name, x in packed.items():
-        torch.testing.assert_close(
-            x, apart[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(x, apart[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=lambda x: "+".join(map(str, x))[:20])
-def test_empty_sequences_hand_their_state_through(
-    lengths: tuple[int, ...], backend: str, device: str
-) -> None:
+def test_empty_sequences_hand_their_state_through(lengths: tuple[int, ...], backend: str, device: str) -> None:
     """The final state of an empty sequence is its initial state, its gradient passes whole, clamp or not."""
     case = Case(lengths=lengths, clip=0.1)
     problem = make_problem(case, device=device)
@@ -101,9 +97,7 @@ def test_nan_stays_in_its_sequence(spoilt: str, clip: float | None, backend: str
 @pytest.mark.parametrize("clip", [None, 0.1, 1e3])
 @pytest.mark.parametrize("spoilt", ["k", "v", "f", "initial_state", "y", "final_state"])
 @pytest.mark.parametrize("value", [3, 8])
-def test_nan_never_turns_into_a_number(
-    spoilt: str, clip: float | None, value: int, backend: str, device: str
-) -> None:
+def test_nan_never_turns_into_a_number(spoilt: str, clip: float | None, value: int, backend: str, device: str) -> None:
     """tanh and the clamp keep a NaN: it reaches all later states, or all earlier gradients."""
     steps, at = 36, 34
     problem = make_problem(Case(time=steps, value=value, clip=clip, heads=(1, 1, 1, 1, 1)), device=device)

@@ -80,9 +80,7 @@ SUBSETS = [
 
 
 @pytest.mark.parametrize("wanted", SUBSETS, ids="+".join)
-def test_gradients_of_some_inputs_equal_those_of_all(
-    wanted: tuple[str, ...], backend: str, device: str
-) -> None:
+def test_gradients_of_some_inputs_equal_those_of_all(wanted: tuple[str, ...], backend: str, device: str) -> None:
     for lengths in (None, (3, 0, 33)):
         case = Case(batch=2, time=36, lengths=lengths, clip=0.1)
         everything = run(make_problem(case, device=device), backend)

@@ -59,9 +59,7 @@ def test_prefill_then_steps_match_one_scan(backend: str, device: str) -> None:
     inputs = make_problem(case, device=device, grads=()).inputs
     weight, initial = inputs.pop("weight"), inputs.pop("initial_state")
     prefix = {name: x[:, :33] for name, x in inputs.items()}
-    y, state = m2rnn_scan(
-        **prefix, weight=weight, initial_state=initial, output_final_state=True, backend=backend
-    )
+    y, state = m2rnn_scan(**prefix, weight=weight, initial_state=initial, output_final_state=True, backend=backend)
     rest = {name: x[:, 33:] for name, x in inputs.items()}
     tail, final = _steps({**rest, "weight": weight, "initial_state": state})
     check({"y": torch.cat([y, tail], 1), "final_state": final}, truth(case), case)

@@ -68,10 +68,7 @@ def test_error_where_formulas_change() -> None:
 def test_every_float32(request: pytest.FixtureRequest) -> None:
     if not request.config.getoption("--exhaustive"):
         pytest.skip("minutes long: needs --exhaustive")
-    _check(
-        np.arange(start, start + BLOCK, dtype=np.uint64).astype(np.uint32)
-        for start in range(0, 1 << 32, BLOCK)
-    )
+    _check(np.arange(start, start + BLOCK, dtype=np.uint64).astype(np.uint32) for start in range(0, 1 << 32, BLOCK))
 
 
 def test_special_values() -> None:
