@@ -209,7 +209,7 @@ def _cut(
         for r in range(row_blocks)
         for g in range(head_groups)
     ]
-    table = np.array(units, np.int64).reshape(-1, kernels.UNIT_COLUMNS)
+    table = np.array(units, np.int64).reshape(-1, 8)
     return _Plan(heads, key_dim, value_dim, dtype, chunk, sequences, table, head_groups, row_blocks)
 
 

@@ -28,26 +28,15 @@ from m2rnn.ops.simd import element, fma, load, put, store, tanh, total, zeros_li
 # outputs whether to add to what is there and how partial sums are numbered (see ``_unstage``).
 (
     ADDRESS, DTYPE, SLOT, BATCH, TIME, HEAD, CHANNEL, REPEAT, BY_ROW, CHANNELS, PADDED, ADD, HEAD_SLOTS, ROW_SLOTS,
-    TENSOR_COLUMNS,
-) = range(15)  # fmt: skip
+) = range(14)  # fmt: skip
 # Rows of ``tensors``. The forward pass uses the first five; in the backward pass Y is the gradient of y.
 Q, K, V, F, Y, DQ, DK, DV, DF = range(9)
 # Columns of ``units``: ranges [first, last), and the unit's place among those that split rows and heads
-(
-    FIRST_SEQUENCE,
-    LAST_SEQUENCE,
-    FIRST_HEAD,
-    LAST_HEAD,
-    FIRST_ROW,
-    LAST_ROW,
-    ROW_BLOCK,
-    HEAD_GROUP,
-    UNIT_COLUMNS,
-) = range(9)
+FIRST_SEQUENCE, LAST_SEQUENCE, FIRST_HEAD, LAST_HEAD, FIRST_ROW, LAST_ROW, ROW_BLOCK, HEAD_GROUP = range(8)
 # Columns of ``sequences``: where a sequence lies, and the number of its first saved state
-BATCH_INDEX, START, LENGTH, FIRST_SAVED, SEQUENCE_COLUMNS = range(5)
+BATCH_INDEX, START, LENGTH, FIRST_SAVED = range(4)
 # Entries of ``sizes``
-HEADS, KEY_DIM, VALUE_DIM, WIDTH, CHUNK, WEIGHT_REPEAT, SIZES = range(7)
+HEADS, KEY_DIM, VALUE_DIM, WIDTH, CHUNK, WEIGHT_REPEAT = range(6)
 
 ROWS = 4  # state rows that one block of accumulators covers
 FLOAT32, FLOAT64, BFLOAT16 = simd.FLOAT32, simd.FLOAT64, simd.BFLOAT16

@@ -9,7 +9,6 @@ import math
 import operator
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.imputils import lower_builtin
@@ -254,7 +253,6 @@ def tanh(typingctx: Any, x: Any) -> Any:
 # Elements of tensors of any dtype, read and written through their address. The code of a dtype is a run-time value,
 # so that one compiled kernel serves float32, float64, bfloat16 and float16 tensors.
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = range(4)
-ITEM_BYTES = np.array([4, 8, 2, 2])
 
 
 def _typed_pointer(builder: Any, address: Any, llvm_type: Any) -> Any:
