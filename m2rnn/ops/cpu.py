@@ -249,7 +249,8 @@ def forward(
     plan = _plan(q, k, v, f, weight, cu_seqlens)
     final = torch.empty(len(plan.sequences), *plan.state_shape, dtype=plan.dtype)
     count = saved_states(q.shape[0], q.shape[1], cu_seqlens is not None) if save else 0
-    saved = torch.zeros(count, *plan.state_shape, dtype=plan.dtype)  # packed sequences leave some of it unused
+    allocate = torch.empty if cu_seqlens is None else torch.zeros  # packed sequences leave some of it unused
+    saved = allocate(count, *plan.state_shape, dtype=plan.dtype)
     y = _Output(plan, torch.Size((*v.shape[:2], plan.heads, plan.value_dim)), output_dtype(q, k, v), by_row=False)
     _run(
         kernels.forward, plan.units, plan.scratch(backward=False),
