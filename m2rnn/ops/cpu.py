@@ -5,6 +5,7 @@ Memory beyond inputs, outputs and gradients: one state every ``chunk`` steps bet
 and the order of every sum depend on the shapes alone.
 """
 
+import ctypes
 import itertools
 import math
 import os
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,28 @@ _DTYPE_CODES = {
 }
 
 
+_WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_IMPORTED_IN = os.getpid()
+
+
+@lru_cache(maxsize=1)
+def _openmp() -> Callable[..., None] | None:
+    """``GOMP_parallel(work, data, threads, flags)`` of the OpenMP library that PyTorch itself runs on, if it is GNU's.
+
+    Its threads spin for some milliseconds after each of PyTorch's operators, ready for the next: threads of our own
+    would compete with them for the cores. Not in a forked process, which OpenMP's threads do not survive.
+    """
+    if os.getpid() != _IMPORTED_IN:
+        return None
+    for library in Path(torch.__file__).parent.glob("lib/libgomp*"):
+        try:
+            parallel: Callable[..., None] = ctypes.CDLL(str(library)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        return parallel
+    return None
+
+
 @lru_cache(maxsize=1)
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="m2rnn")
@@ -40,6 +64,29 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 if hasattr(os, "register_at_fork"):  # threads do not survive a fork
     os.register_at_fork(after_in_child=_pool.cache_clear)
+    os.register_at_fork(after_in_child=_openmp.cache_clear)
+
+
+def _on_threads(threads: int, work: Callable[[], None]) -> None:
+    """Call ``work`` on each of several threads, of which the caller's is one; raises what it raised on any."""
+    parallel = _openmp()
+    if parallel is None:
+        others = [_pool(threads - 1).submit(work) for _ in range(threads - 1)]
+        work()
+        for other in others:
+            other.result()
+        return
+    errors: list[BaseException] = []
+
+    def call(_: int | None) -> None:
+        try:
+            work()
+        except BaseException as error:  # it cannot pass through OpenMP
+            errors.append(error)
+
+    parallel(_WORK(call), None, threads, 0)
+    if errors:
+        raise errors[0]
 
 
 def _run(kernel: Callable[..., None], units: np.ndarray, scratch: Callable[[], kernels.Scratch], *args: Any) -> None:
@@ -54,10 +101,10 @@ def _run(kernel: Callable[..., None], units: np.ndarray, scratch: Callable[[], k
         for first, last in slices:  # next() of a list's iterator is atomic, so each slice goes to one thread
             kernel(first, units[first:last], memory, *args)
 
-    others = [_pool(threads - 1).submit(work) for _ in range(threads - 1)]
-    work()
-    for other in others:
-        other.result()
+    if threads > 1:
+        _on_threads(threads, work)
+    else:
+        work()
 
 
 def _round_up(x: int, multiple: int) -> int:
