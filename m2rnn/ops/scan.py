@@ -3,8 +3,10 @@
 ``m2rnn::scan`` and ``m2rnn::scan_backward`` are the registered operators; every backend stands behind these two.
 """
 
+import importlib
 import importlib.util
 import itertools
+import os
 import warnings
 from functools import lru_cache
 from types import ModuleType
@@ -14,10 +16,11 @@ import torch
 from torch import Tensor
 
 from m2rnn.ops import reference
-from m2rnn.ops.shapes import head_count, output_dtype, saved_states, state_dtype
+from m2rnn.ops.shapes import TRITON_CHUNK, chunk_length, head_count, output_dtype, saved_states, state_dtype
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_BACKENDS = ("reference", "cpu")
+_BACKENDS = ("reference", "cpu", "triton", "cuda")
+_PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "meta": ("reference",)}  # by device, the fastest first
 
 
 def m2rnn_scan(
@@ -53,10 +56,12 @@ def m2rnn_scan(
         initial_state: H_0 ``[B, H, K, V]``, or ``[N, H, K, V]`` for N packed sequences; zeros if None.
         output_final_state: Whether to return H_T of every sequence.
         cu_seqlens: Offsets ``[N + 1]`` (int32 or int64) of N sequences packed one after the other along T, from 0 to T;
-            B is 1. Empty sequences are allowed.
+            B is 1. Empty sequences are allowed. To check the values the host waits for the device; while a CUDA graph
+            is captured they are not checked.
         state_clip: Clamp, in the backward pass, the gradient that reaches H_t from later steps (and from the final
             state) to [-state_clip, state_clip] elementwise. The gradient that y_t sends is exact.
-        backend: ``"cpu"`` or ``"reference"``; None chooses by the tensors' device.
+        backend: ``"cpu"``, ``"triton"``, ``"cuda"`` or ``"reference"``; None chooses by device, dtype and shape. See
+            ``available_backends``.
 
     Returns:
         ``(y, final_state)``: y ``[B, T, H, V]`` in the dtype that q, k and v promote to; final_state
@@ -130,37 +135,66 @@ def available_backends() -> dict[str, str | None]:
 
 @lru_cache
 def _why_unavailable(backend: str) -> str | None:
-    if backend == "cpu" and importlib.util.find_spec("numba") is None:
-        return "numba is not installed: pip install numba"
+    match backend:
+        case "cpu":
+            return None if importlib.util.find_spec("numba") else "numba is not installed: pip install numba"
+        case "triton":
+            if importlib.util.find_spec("triton") is None:
+                return "triton is not installed: pip install triton"
+            return None if _triton_is_interpreted() or torch.cuda.is_available() else "no GPU that PyTorch can use"
+        case "cuda":
+            return "not built yet"
     return None
 
 
-@lru_cache
-def _warn_slow(device: str, reason: str) -> None:
-    """Warns once for each reason: the cache remembers."""
-    warnings.warn(f"m2rnn_scan runs the slow reference loop on {device} tensors: {reason}", stacklevel=4)
+def _triton_is_interpreted() -> bool:
+    """Triton's own switch, which it reads when it is imported: kernels run in Python, on CPU tensors too."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _resolve(backend: str | None, device: str) -> str:
-    """The backend for tensors of a device type; raises if the one asked for cannot run on them."""
-    if backend is None:
-        if device == "meta":
-            return "reference"
-        if device == "cpu" and _why_unavailable("cpu") is None:
-            return "cpu"
-        _warn_slow(device, _why_unavailable("cpu") or f"there is no kernel for {device} yet")
-        return "reference"
+def _why_not(backend: str, q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor) -> str | None:
+    """Why a backend cannot run on tensors of these devices, dtypes and channels, or None if it can."""
     if (reason := _why_unavailable(backend)) is not None:
-        raise ValueError(f"backend={backend!r} cannot run: {reason}")
-    if backend == "cpu" and device not in ("cpu", "meta"):
-        raise ValueError(f"backend='cpu' cannot run: the tensors are on {device}")
-    return backend
+        return reason
+    devices = {
+        "cpu": ("cpu", "meta"),
+        "triton": ("cuda", "meta", "cpu") if _triton_is_interpreted() else ("cuda", "meta"),
+        "cuda": ("cuda", "meta"),
+    }
+    device = q.device.type
+    return None if device in devices.get(backend, (device,)) else f"the tensors are on {device}"
 
 
-def _kernels() -> ModuleType:
-    from m2rnn.ops import cpu  # numba takes a while to import: only when a kernel runs
+@lru_cache
+def _warn_fallback(backend: str, device: str, reason: str) -> None:
+    """Warns once for each reason: the cache remembers."""
+    what = "the slow reference loop" if backend == "reference" else f"its {backend} kernels, not the fastest,"
+    warnings.warn(f"m2rnn_scan runs {what} on {device} tensors: {reason}", stacklevel=4)
 
-    return cpu
+
+def _resolve(backend: str | None, q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor) -> str:
+    """The backend for these tensors; raises if the one asked for cannot run on them."""
+    device = q.device.type
+    if backend is not None:
+        if (reason := _why_not(backend, q, k, v, f, weight)) is not None:
+            raise ValueError(f"backend={backend!r} cannot run: {reason}")
+        return backend
+    reasons = []
+    for name in _PREFERRED.get(device, ()):
+        if (reason := _why_not(name, q, k, v, f, weight)) is None:
+            break
+        reasons.append(reason)
+    else:
+        name = "reference"
+        reasons = list(dict.fromkeys(reasons)) or [f"there is no kernel for {device}"]
+    if reasons:
+        _warn_fallback(name, device, "; ".join(reasons))
+    return name
+
+
+def _kernels(backend: str) -> ModuleType:
+    """The module of a backend other than the reference: imported when it runs, since compilers take a while."""
+    return importlib.import_module(f"m2rnn.ops.{backend}")
 
 
 # ---------------------------------------------------------------------------------------------------- validation
@@ -257,7 +291,7 @@ def _validate(
 
 def _validate_offsets(cu_seqlens: Tensor | None, steps: int) -> None:
     """What needs the values of ``cu_seqlens``, and so happens inside the operator, where a compiler does not look."""
-    if cu_seqlens is None:
+    if cu_seqlens is None or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0 or offsets[-1] != steps or any(a > b for a, b in itertools.pairwise(offsets)):
@@ -297,13 +331,13 @@ def _scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(y, final state, states saved for the backward pass if save)``."""
     _validate_offsets(cu_seqlens, q.shape[1])
-    match _resolve(backend, q.device.type):
-        case "cpu":
-            return _kernels().forward(q, k, v, f, weight, initial_state, cu_seqlens, save)  # type: ignore[no-any-return]
-        case _:
+    match _resolve(backend, q, k, v, f, weight):
+        case "reference":
             with torch.no_grad():
                 y, final = reference.scan(q, k, v, f, weight, initial_state, cu_seqlens)
             return y.clone(), final.clone(), final.new_empty(0)
+        case name:
+            return _kernels(name).forward(q, k, v, f, weight, initial_state, cu_seqlens, save)  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake("m2rnn::scan", lib=_LIBRARY)
@@ -325,9 +359,13 @@ def _scan_fake(
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     y = v.new_empty(*q.shape[:2], heads, v.shape[3], dtype=output_dtype(q, k, v))
     final = q.new_empty(sequences, *state, dtype=dtype)
-    if _resolve(backend, q.device.type) != "cpu":
+    name = _resolve(backend, q, k, v, f, weight)
+    if name == "reference":
         return y, final, final.new_empty(0)
-    count = saved_states(q.shape[0], q.shape[1], cu_seqlens is not None) if save else 0
+    count = 0
+    if save:
+        chunk = TRITON_CHUNK if name == "triton" else chunk_length(q.shape[1])
+        count = saved_states(q.shape[0], q.shape[1], cu_seqlens is not None, chunk)
     return y, final, final.new_empty(count, *state)
 
 
@@ -350,16 +388,16 @@ def _scan_backward(
     if dy is None:
         heads = head_count(q, k, v, f, weight)
         dy = v.new_zeros(*q.shape[:2], heads, v.shape[3], dtype=output_dtype(q, k, v))
-    match _resolve(backend, q.device.type):
-        case "cpu":
-            *gradients, d_initial = _kernels().backward(
-                dy, d_final, q, k, v, f, weight, initial_state, saved, cu_seqlens, state_clip
-            )
-        case _:
+    match _resolve(backend, q, k, v, f, weight):
+        case "reference":
             *gradients, d_initial = reference.scan_backward(
                 dy, d_final, q, k, v, f, weight, initial_state, cu_seqlens, state_clip
             )
-    return *gradients, q.new_empty(0) if d_initial is None else d_initial
+        case name:
+            *gradients, d_initial = _kernels(name).backward(
+                dy, d_final, q, k, v, f, weight, initial_state, saved, cu_seqlens, state_clip
+            )
+    return *gradients, q.new_empty(0) if d_initial is None else d_initial  # type: ignore[return-value]
 
 
 @torch.library.register_fake("m2rnn::scan_backward", lib=_LIBRARY)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+TRITON_CHUNK = 64  #: steps between the states that the Triton kernels save
+
 
 def head_count(q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor) -> int:
     """H: the largest head count of [B, T, heads, ...] tensors and the weight [heads, V, V]."""
@@ -24,9 +26,9 @@ def chunk_length(steps: int) -> int:
     return 16 if steps <= 512 else 32 if steps <= 2048 else 64
 
 
-def saved_states(batch: int, steps: int, packed: bool) -> int:
+def saved_states(batch: int, steps: int, packed: bool, chunk: int | None = None) -> int:
     """Room for the state at the start of every chunk but a sequence's first; for packed sequences an upper bound."""
-    chunk = chunk_length(steps)
+    chunk = chunk or chunk_length(steps)
     if packed:
         return steps // chunk
     return batch * max((steps + chunk - 1) // chunk - 1, 0)

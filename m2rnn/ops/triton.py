@@ -1,0 +1,1 @@
+"""The portable GPU backend, in Triton."""
