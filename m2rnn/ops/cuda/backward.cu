@@ -1,0 +1,377 @@
+// The backward pass: from the last chunk to the first, a chunk's states are computed again from the saved one, then
+// the steps run backwards. With c the gradient that reaches the state from later steps:
+//
+//     G = q dyᵀ + clamp(c)      dX = (1 - f) G ⊙ (1 - Z²)      c ← f G + dX Wᵀ
+//     dq = H dy    dk = dX v    dv = dXᵀ k    df = Σ G ⊙ (H_prev - Z)    dW += H_prevᵀ dX
+//
+// Only every second state of a chunk is kept in shared memory: Z has to be computed again from it anyway, and the next
+// state comes with it.
+
+#define V_ROW (V + 4)     // padded, so that the lanes of a warp meet different banks
+#define K_ROW (ROWS + 4)
+
+struct Backward {
+    Strided q, k, v, f, dy;
+    const float* weight;   // [heads / weight_repeat, V, V]
+    const float* initial;  // [sequences, heads, key_dim, V] or null
+    const saved_t* saved;  // [B, (steps - 1) / CHUNK, heads, key_dim, V]
+    const i64* offsets;    // [sequences + 1] of packed sequences, or null
+    float* carry;          // [sequences, heads, key_dim, V]: c after the window's last step, then before its first
+    void *dq, *dk;         // [B, steps, source heads, key_stride]; if groups of heads share them, float32 partial sums
+                           // [groups, B, window, source heads, key_stride]
+    void* dv;              // [B, steps, heads, V], float32 if dv_float
+    float* df;             // [B, steps, heads]
+    float* dweight;        // [lanes, heads, V, V], added to
+    i64 steps, window_begin, window_end;
+    int heads, key_dim, key_stride, weight_repeat, sequences, lanes, dv_float;
+    float clip;
+};
+
+struct alignas(4 * AREGS) Registers {
+    u32 value[AREGS];
+};
+
+struct BackwardShared {
+    Registers states[CHUNK / 2][SLOTS][WARPS][PARTS * KS][32];
+    char q[tile_bytes<CHUNK, ROWS>()];
+    char k[tile_bytes<CHUNK, ROWS>()];
+    char v[SLOTS][tile_bytes<CHUNK, V>()];
+    char dy[SLOTS][tile_bytes<CHUNK, V>()];
+    float f[SLOTS][CHUNK];
+    float dq[2][SLOTS][8][K_ROW];
+    float dk[2][SLOTS][8][K_ROW];
+    float dv[2][SLOTS][WARPS][8][V_ROW];
+    float df[2][SLOTS][WARPS][8];
+};
+
+struct Gradients {
+    float carry[NT][4];        // c
+    float weight[KS][NT][4];   // dW, this warp's rows' share
+    float q[4], k[4];          // 16 rows × 8 steps
+    float v[KS][4];            // V × 8 steps, this warp's rows' share
+    float f[8];                // this lane's share
+};
+
+struct Octet {  // 8 steps of the inputs, as operands
+    RowSteps keys_outer, queries_outer, keys;
+    ColumnSteps values_outer, dys_outer, values, dys;
+    float f[8];
+};
+
+__device__ __forceinline__ void unpack(float (&h)[NT][4], const Packed& packed) {
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const u32 first = packed.part[PARTS - 1][n / 2][2 * (n % 2) + half];
+            float low = low_bf16(first), high = high_bf16(first);
+#pragma unroll
+            for (int p = PARTS - 2; p >= 0; p--) {
+                const u32 x = packed.part[p][n / 2][2 * (n % 2) + half];
+                low += low_bf16(x);
+                high += high_bf16(x);
+            }
+            h[n][2 * half] = low;
+            h[n][2 * half + 1] = high;
+        }
+}
+
+// One step back. h and packed are the state before the step, z its update, next the state after it.
+__device__ __forceinline__ void step_back(
+    Gradients& d, const Octet& in, int step, const float (&h)[NT][4], const Packed& packed, const float (&z)[NT][4],
+    const Packed& next, const Matrix& transposed_weight, float clip, int lane
+) {
+    const float f = in.f[step], g = 1.f - f;
+#if CLIP
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) d.carry[n][i] = clamp(d.carry[n][i], clip);
+#endif
+    add_outer(d.carry, in.queries_outer, in.dys_outer, contracted_mask(step, lane));  // now G
+    float dx[NT][4], df[2] = {};
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float grad = d.carry[n][i], gz = g * z[n][i];
+            df[i % 2] = fmaf(grad, h[n][i] - z[n][i], df[i % 2]);
+            dx[n][i] = grad * fmaf(-gz, z[n][i], g);
+            d.carry[n][i] = f * grad;
+        }
+    d.f[step] = df[0] + df[1];
+    Packed dx_packed;
+    pack(dx_packed, dx);
+    multiply(d.carry, dx_packed, transposed_weight);
+    add_product(d.k, dx_packed, in.values, column_mask(step, lane));
+    add_product(d.q, next, in.dys, column_mask(step, lane));
+    Transposed dx_transposed, state_transposed;
+    transpose(dx_transposed, dx_packed);
+    add_transposed_product(d.v, dx_transposed, in.keys, column_mask(step, lane));
+    transpose(state_transposed, packed);
+#pragma unroll
+    for (int k = 0; k < KS; k++)
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+            FOR_PARTS(i, j)
+                mma16(d.weight[k][n], state_transposed.part[i][k], dx_transposed.part[j][n / 2][n % 2],
+                      dx_transposed.part[j][n / 2][n % 2 + 2]);
+}
+
+// The sums of 8 values over the lanes of a warp; lane i % 8 returns the i-th.
+__device__ __forceinline__ float sum_lanes(float (&x)[8], int lane) {
+#pragma unroll
+    for (int width = 4; width >= 1; width /= 2)
+#pragma unroll
+        for (int i = 0; i < width; i++) {
+            const bool upper = lane & width;
+            const float keep = upper ? x[i + width] : x[i], give = upper ? x[i] : x[i + width];
+            x[i] = keep + __shfl_xor_sync(0xffffffffu, give, width);
+        }
+    x[0] += __shfl_xor_sync(0xffffffffu, x[0], 8);
+    x[0] += __shfl_xor_sync(0xffffffffu, x[0], 16);
+    return x[0];
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) m2rnn_backward(const Backward p) {
+    extern __shared__ __align__(16) char memory[];
+    BackwardShared& shared = *(BackwardShared*)memory;
+    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32 % WARPS, slot = thread / 32 / WARPS;
+    const int slot_thread = thread % (32 * WARPS), row = 16 * warp;
+    const u32 groups = p.heads / SLOTS;
+    const int first_head = blockIdx.x % groups * SLOTS, head = first_head + slot;
+
+    Matrix weight, transposed_weight;
+    load_matrix(weight, p.weight + head / p.weight_repeat * V * V, false, lane);
+    load_matrix(transposed_weight, p.weight + head / p.weight_repeat * V * V, true, lane);
+    Gradients d;
+#pragma unroll
+    for (int k = 0; k < KS; k++) clear(d.weight[k]);
+
+    const int q_head = first_head / p.q.repeat, q_group = first_head % p.q.repeat / SLOTS;
+    const int k_head = first_head / p.k.repeat, k_group = first_head % p.k.repeat / SLOTS;
+    const int q_heads = p.heads / p.q.repeat, k_heads = p.heads / p.k.repeat;
+    const i64 window = p.window_end - p.window_begin, batches = p.offsets ? 1 : p.sequences;
+
+    for (int sequence = blockIdx.x / groups; sequence < p.sequences; sequence += p.lanes) {
+        const i64 batch = p.offsets ? 0 : sequence;
+        const i64 begin = p.offsets ? p.offsets[sequence] : 0, end = p.offsets ? p.offsets[sequence + 1] : p.steps;
+        const i64 first_step = begin > p.window_begin ? begin : p.window_begin;
+        const i64 last_step = (end < p.window_end ? end : p.window_end) - 1;
+        if (first_step > last_step) continue;
+
+        const input_t* q = (const input_t*)p.q.data + batch * p.q.batch + q_head * p.q.head;
+        const input_t* k = (const input_t*)p.k.data + batch * p.k.batch + k_head * p.k.head;
+        const input_t* v = (const input_t*)p.v.data + batch * p.v.batch + head / p.v.repeat * p.v.head;
+        const input_t* dy = (const input_t*)p.dy.data + batch * p.dy.batch + head * p.dy.head;
+        const i64 f_offset = batch * p.f.batch + head / p.f.repeat * p.f.head;
+        const i64 state_offset = ((i64)sequence * p.heads + head) * p.key_dim * V;
+        load_state(d.carry, p.carry + state_offset, row, p.key_dim, lane);
+
+        for (i64 first = last_step / CHUNK * CHUNK; first + CHUNK > first_step; first -= CHUNK) {
+            __syncthreads();
+            stage<CHUNK, ROWS, THREADS>(shared.q, q + first * p.q.time, p.q.time, first, begin, end, p.key_dim, thread);
+            stage<CHUNK, ROWS, THREADS>(shared.k, k + first * p.k.time, p.k.time, first, begin, end, p.key_dim, thread);
+            stage<CHUNK, V, 32 * WARPS>(shared.v[slot], v + first * p.v.time, p.v.time, first, begin, end, V, slot_thread);
+            stage<CHUNK, V, 32 * WARPS>(shared.dy[slot], dy + first * p.dy.time, p.dy.time, first, begin, end, V, slot_thread);
+            copies_issued();
+            for (int i = slot_thread; i < CHUNK; i += 32 * WARPS) {
+                const bool valid = first + i >= begin && first + i < end;
+                shared.f[slot][i] = valid ? load_as_float(p.f.data, f_offset + (first + i) * p.f.time, GATE) : 1.f;
+            }
+            float h[NT][4];
+            if (first > begin) {
+                const i64 index = batch * ((p.steps - 1) / CHUNK) + first / CHUNK - 1;
+                load_saved(h, p.saved + (index * p.heads + head) * p.key_dim * V, row, p.key_dim, lane);
+            } else {
+                load_state(h, p.initial ? p.initial + state_offset : nullptr, row, p.key_dim, lane);
+            }
+            copies_done();
+            __syncthreads();
+
+            const u32 q_tile = shared_address(shared.q), k_tile = shared_address(shared.k);
+            const u32 v_tile = shared_address(shared.v[slot]), dy_tile = shared_address(shared.dy[slot]);
+            Packed packed;
+            pack(packed, h);
+#pragma unroll 1
+            for (int octet = 0; octet < CHUNK; octet += 8) {
+                if (first + octet + 8 <= begin || first + octet >= end) continue;
+                RowSteps keys;
+                ColumnSteps values;
+                load_rows<CHUNK>(keys, k_tile, octet, row, true, lane);
+                load_columns<CHUNK>(values, v_tile, octet, true, lane);
+#pragma unroll
+                for (int step = 0; step < 8; step++) {
+                    if (step % 2 == 0)
+#pragma unroll
+                        for (int i = 0; i < PARTS * KS; i++) {
+                            Registers registers;
+#pragma unroll
+                            for (int r = 0; r < AREGS; r++) registers.value[r] = packed.part[i / KS][i % KS][r];
+                            shared.states[(octet + step) / 2][slot][warp][i][lane] = registers;
+                        }
+                    float z[NT][4];
+                    clear(z);
+                    add_outer(z, keys, values, contracted_mask(step, lane));
+                    update(z, packed, weight);
+                    blend(h, z, shared.f[slot][octet + step]);
+                    pack(packed, h);
+                }
+            }
+
+            Packed next = packed;
+#pragma unroll 1
+            for (int octet = CHUNK - 8; octet >= 0; octet -= 8) {
+                if (first + octet + 8 <= begin || first + octet >= end) continue;
+                Octet in;
+                load_rows<CHUNK>(in.keys_outer, k_tile, octet, row, true, lane);
+                load_rows<CHUNK>(in.queries_outer, q_tile, octet, row, true, lane);
+                load_rows<CHUNK>(in.keys, k_tile, octet, row, false, lane);
+                load_columns<CHUNK>(in.values_outer, v_tile, octet, true, lane);
+                load_columns<CHUNK>(in.dys_outer, dy_tile, octet, true, lane);
+                load_columns<CHUNK>(in.values, v_tile, octet, false, lane);
+                load_columns<CHUNK>(in.dys, dy_tile, octet, false, lane);
+                *(float4*)in.f = *(const float4*)&shared.f[slot][octet];
+                *(float4*)(in.f + 4) = *(const float4*)&shared.f[slot][octet + 4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) d.q[i] = d.k[i] = 0.f;
+#pragma unroll
+                for (int k = 0; k < KS; k++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) d.v[k][i] = 0.f;
+
+#pragma unroll
+                for (int step = 6; step >= 0; step -= 2) {
+                    Packed before, between;
+#pragma unroll
+                    for (int i = 0; i < PARTS * KS; i++) {
+                        const Registers registers = shared.states[(octet + step) / 2][slot][warp][i][lane];
+#pragma unroll
+                        for (int r = 0; r < AREGS; r++) before.part[i / KS][i % KS][r] = registers.value[r];
+                    }
+                    float h0[NT][4], h1[NT][4], z0[NT][4], z1[NT][4];
+                    unpack(h0, before);
+                    clear(z0);
+                    add_outer(z0, in.keys_outer, in.values_outer, contracted_mask(step, lane));
+                    update(z0, before, weight);
+#pragma unroll
+                    for (int n = 0; n < NT; n++)
+#pragma unroll
+                        for (int i = 0; i < 4; i++) h1[n][i] = h0[n][i];
+                    blend(h1, z0, in.f[step]);
+                    pack(between, h1);
+                    clear(z1);
+                    add_outer(z1, in.keys_outer, in.values_outer, contracted_mask(step + 1, lane));
+                    update(z1, between, weight);
+                    // Steps before the sequence leave the carry as it is: not clamped either
+                    const float infinity = __uint_as_float(0x7f800000u);
+                    const float clip1 = first + octet + step + 1 >= begin ? p.clip : infinity;
+                    const float clip0 = first + octet + step >= begin ? p.clip : infinity;
+                    step_back(d, in, step + 1, h1, between, z1, next, transposed_weight, clip1, lane);
+                    step_back(d, in, step, h0, before, z0, between, transposed_weight, clip0, lane);
+                    next = before;
+                }
+
+                const int buffer = octet / 8 % 2;
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int step = 2 * (lane % 4) + i % 2, offset = lane / 4 + i / 2 * 8;
+                    shared.dq[buffer][slot][step][row + offset] = d.q[i];
+                    shared.dk[buffer][slot][step][row + offset] = d.k[i];
+#pragma unroll
+                    for (int k = 0; k < KS; k++)
+                        if (16 * k + offset < V) shared.dv[buffer][slot][warp][step][16 * k + offset] = d.v[k][i];
+                }
+                const float df = sum_lanes(d.f, lane);
+                if (lane < 8) shared.df[buffer][slot][warp][lane] = df;
+                __syncthreads();
+
+                for (int i = thread; i < 8 * ROWS / 2; i += THREADS) {
+                    const int step = i / (ROWS / 2), channel = i % (ROWS / 2) * 2;
+                    const i64 time = first + octet + step;
+                    if (time < begin || time >= end || channel >= p.key_dim) continue;
+                    float2 dq = make_float2(0.f, 0.f), dk = dq;
+#pragma unroll
+                    for (int s = 0; s < SLOTS; s++) {
+                        const float2 q_part = *(const float2*)&shared.dq[buffer][s][step][channel];
+                        const float2 k_part = *(const float2*)&shared.dk[buffer][s][step][channel];
+                        dq.x += q_part.x, dq.y += q_part.y;
+                        dk.x += k_part.x, dk.y += k_part.y;
+                    }
+                    if (p.q.repeat == SLOTS)
+                        store_pair(p.dq, ((batch * p.steps + time) * q_heads + q_head) * p.key_stride + channel, dq.x, dq.y);
+                    else
+                        *(float2*)((float*)p.dq + (((q_group * batches + batch) * window + time - p.window_begin) * q_heads + q_head) * p.key_stride + channel) = dq;
+                    if (p.k.repeat == SLOTS)
+                        store_pair(p.dk, ((batch * p.steps + time) * k_heads + k_head) * p.key_stride + channel, dk.x, dk.y);
+                    else
+                        *(float2*)((float*)p.dk + (((k_group * batches + batch) * window + time - p.window_begin) * k_heads + k_head) * p.key_stride + channel) = dk;
+                }
+                for (int i = slot_thread; i < 8 * V / 2; i += 32 * WARPS) {
+                    const int step = i / (V / 2), channel = i % (V / 2) * 2;
+                    const i64 time = first + octet + step;
+                    if (time < begin || time >= end) continue;
+                    float2 dv = make_float2(0.f, 0.f);
+#pragma unroll
+                    for (int w = 0; w < WARPS; w++) {
+                        const float2 part = *(const float2*)&shared.dv[buffer][slot][w][step][channel];
+                        dv.x += part.x, dv.y += part.y;
+                    }
+                    const i64 index = ((batch * p.steps + time) * p.heads + head) * V + channel;
+                    if (p.dv_float)
+                        *(float2*)((float*)p.dv + index) = dv;
+                    else
+                        store_pair(p.dv, index, dv.x, dv.y);
+                }
+                const i64 time = first + octet + slot_thread;
+                if (slot_thread < 8 && time >= begin && time < end) {
+                    float df = 0.f;
+#pragma unroll
+                    for (int w = 0; w < WARPS; w++) df += shared.df[buffer][slot][w][slot_thread];
+                    p.df[(batch * p.steps + time) * p.heads + head] = df;
+                }
+            }
+        }
+        store_state(d.carry, p.carry + state_offset, row, p.key_dim, lane);
+    }
+
+    // dW: each warp's rows in turn
+    float* sums = (float*)shared.states + (slot * WARPS + warp) * V * V;
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < KS; k++)
+        for_pairs(lane, [&](int n, int i, int matrix_row, int column) {
+            if (16 * k + matrix_row < V)
+                *(float2*)(sums + (16 * k + matrix_row) * V + column) = make_float2(d.weight[k][n][i], d.weight[k][n][i + 1]);
+        });
+    __syncthreads();
+    float* dweight = p.dweight + ((i64)(blockIdx.x / groups) * p.heads + head) * V * V;
+    for (int i = slot_thread; i < V * V; i += 32 * WARPS) {
+        float sum = 0.f;
+        for (int w = 0; w < WARPS; w++) sum += ((const float*)shared.states)[(slot * WARPS + w) * V * V + i];
+        dweight[i] += sum;
+    }
+}
+
+// out[batch, window_begin + step] = Σ over groups of partial[group, batch, step], in the groups' order; four channels a
+// thread, `row` channels in a step.
+struct Sum {
+    const float* partial;
+    void* out;
+    i64 steps, window_begin, window, batches;
+    int groups, row;
+};
+
+extern "C" __global__ void m2rnn_sum(const Sum p) {
+    const i64 index = 4 * ((i64)blockIdx.x * blockDim.x + threadIdx.x), size = p.batches * p.window * p.row;
+    if (index >= size) return;
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+    for (int group = 0; group < p.groups; group++) {
+        const float4 part = *(const float4*)(p.partial + group * size + index);
+        sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+    }
+    const i64 batch = index / (p.window * p.row), rest = index % (p.window * p.row);
+    const i64 to = (batch * p.steps + p.window_begin) * p.row + rest;
+    store_pair(p.out, to, sum.x, sum.y);
+    store_pair(p.out, to + 2, sum.z, sum.w);
+}

@@ -1,0 +1,413 @@
+// What both passes share: types, fragments of the tensor cores' operands, and the staging of inputs in shared memory.
+//
+// The macros V (value channels), WARPS (tiles of 16 state rows a head), SLOTS (heads a block), CHUNK (steps between
+// saved states), INPUT (0 bfloat16, 1 float16, 2 float32), GATE (likewise, of f) and PARTS are the launcher's. Nothing
+// is included, so that NVRTC needs no headers.
+//
+// A number that goes through the tensor cores is the sum of PARTS bfloat16 numbers: 1 for bfloat16 inputs, 2 for
+// float16 (16 bits), 3 for float32 (24 bits). Products of parts are exact and summed in float32.
+//
+// One warp owns 16 rows of one head's state. A lane holds, of each 8 columns, two neighbours in row `lane / 4` and two
+// in the row 8 below: the layout of a tensor-core accumulator, which packed to bfloat16 is the layout of the operand A
+// of the next step. So the state never leaves the registers.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef long long i64;
+
+#define NT (V / 8)            // accumulator tiles of 8 columns across the state
+#define KS ((V + 15) / 16)    // operand tiles of 16 columns across the state
+#define WREGS (V == 8 ? 1 : 2)
+#define AREGS (V == 8 ? 2 : 4)
+#define ROWS (16 * WARPS)     // rows of the state, padded to whole tiles
+#define THREADS (32 * WARPS * SLOTS)
+#define PAD 8                 // after each row of a staged tile, so that ldmatrix meets no bank conflict
+
+#if INPUT == 0
+typedef u16 input_t;
+#elif INPUT == 1
+typedef u16 input_t;
+#else
+typedef float input_t;
+#endif
+
+struct Strided {
+    const void* data;
+    i64 batch, time, head;  // strides in elements; the channels' is 1
+    int repeat;             // heads of the state that read the same head of this tensor
+};
+
+// ------------------------------------------------------------------------------------------------ conversions
+
+__device__ __forceinline__ u32 pack_bf16(float low, float high) {
+    u32 packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+__device__ __forceinline__ float low_bf16(u32 x) { return __uint_as_float(x << 16); }
+__device__ __forceinline__ float high_bf16(u32 x) { return __uint_as_float(x & 0xffff0000u); }
+
+__device__ __forceinline__ float half_to_float(u16 x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+    return y;
+}
+__device__ __forceinline__ u16 float_to_half(float x) {
+    u16 y;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float load_as_float(const void* data, i64 index, int type) {
+    if (type == 0) return __uint_as_float((u32)((const u16*)data)[index] << 16);
+    if (type == 1) return half_to_float(((const u16*)data)[index]);
+    return ((const float*)data)[index];
+}
+// Two neighbours in the inputs' dtype; the index is even.
+__device__ __forceinline__ void store_pair(void* data, i64 index, float a, float b) {
+#if INPUT == 0
+    *(u32*)((u16*)data + index) = pack_bf16(a, b);
+#elif INPUT == 1
+    *(u32*)((u16*)data + index) = (u32)float_to_half(a) | (u32)float_to_half(b) << 16;
+#else
+    *(float2*)((float*)data + index) = make_float2(a, b);
+#endif
+}
+
+// parts[i] holds the i-th bfloat16 part of both numbers.
+__device__ __forceinline__ void split(float low, float high, u32 (&parts)[PARTS]) {
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) {
+        parts[i] = pack_bf16(low, high);
+        low -= low_bf16(parts[i]);
+        high -= high_bf16(parts[i]);
+    }
+}
+
+__device__ __forceinline__ float tanh_of(float x) {
+#if PARTS == 1
+    float y;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return tanhf(x);
+#endif
+}
+
+// max and min that keep a NaN.
+__device__ __forceinline__ float clamp(float x, float limit) {
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(-limit));
+    asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(limit));
+    return x;
+}
+
+// ---------------------------------------------------------------------------------------------- tensor cores
+
+__device__ __forceinline__ void mma16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void mma8(float (&c)[4], u32 a0, u32 a1, u32 b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(b));
+}
+
+// The products of parts i and j with i + j < PARTS, smallest first.
+#define FOR_PARTS(i, j)                                   \
+    _Pragma("unroll") for (int sum_ = PARTS - 1; sum_ >= 0; sum_--) \
+        _Pragma("unroll") for (int i = 0, j = sum_; i <= sum_; i++, j--)
+
+struct Packed {
+    u32 part[PARTS][KS][AREGS];  // 16 × V, as the operand A
+};
+struct Matrix {
+    u32 part[PARTS][KS][NT][WREGS];  // V × V, as the operand B
+};
+
+__device__ __forceinline__ void pack(Packed& packed, const float (&x)[NT][4]) {
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            u32 parts[PARTS];
+            split(x[n][2 * half], x[n][2 * half + 1], parts);
+#pragma unroll
+            for (int p = 0; p < PARTS; p++) packed.part[p][n / 2][2 * (n % 2) + half] = parts[p];
+        }
+}
+
+// x += A M for a 16 × V tile A and a V × V matrix M.
+__device__ __forceinline__ void multiply(float (&x)[NT][4], const Packed& a, const Matrix& m) {
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+        FOR_PARTS(i, j)
+#pragma unroll
+            for (int k = 0; k < KS; k++) {
+#if V == 8
+                mma8(x[n], a.part[i][k][0], a.part[i][k][1], m.part[j][k][n][0]);
+#else
+                mma16(x[n], a.part[i][k], m.part[j][k][n][0], m.part[j][k][n][1]);
+#endif
+            }
+}
+
+__device__ __forceinline__ void load_matrix(Matrix& m, const float* weight, bool transposed, int lane) {
+#pragma unroll
+    for (int k = 0; k < KS; k++)
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int r = 0; r < WREGS; r++) {
+                const int row = 16 * k + 8 * r + 2 * (lane % 4), column = 8 * n + lane / 4;
+                const float low = transposed ? weight[column * V + row] : weight[row * V + column];
+                const float high = transposed ? weight[column * V + row + 1] : weight[(row + 1) * V + column];
+                u32 parts[PARTS];
+                split(low, high, parts);
+#pragma unroll
+                for (int p = 0; p < PARTS; p++) m.part[p][k][n][r] = parts[p];
+            }
+}
+
+// The transpose of a 16 × V tile, as operands A of 16 columns' (here rows') tiles: V × 16.
+struct Transposed {
+    u32 part[PARTS][KS][4];
+};
+__device__ __forceinline__ u32 transpose8(u32 x) {
+    u32 y;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+__device__ __forceinline__ void transpose(Transposed& t, const Packed& a) {
+#pragma unroll
+    for (int p = 0; p < PARTS; p++)
+#pragma unroll
+        for (int k = 0; k < KS; k++) {
+            t.part[p][k][0] = transpose8(a.part[p][k][0]);
+            t.part[p][k][2] = transpose8(a.part[p][k][1]);
+#if V == 8
+            t.part[p][k][1] = t.part[p][k][3] = 0;
+#else
+            t.part[p][k][1] = transpose8(a.part[p][k][2]);
+            t.part[p][k][3] = transpose8(a.part[p][k][3]);
+#endif
+        }
+}
+
+// ------------------------------------------------------------------------------------- operands over 8 time steps
+//
+// An outer product of one step's vectors is a product over time of which all steps but one are masked to zero; a
+// matrix-vector product of one step fills one of 8 columns of an accumulator that the 8 steps share. So vectors are
+// loaded once for 8 steps, straight in the operands' layouts, and a step takes a mask where it would take loads.
+
+__device__ __forceinline__ void ldmatrix2(u32& a, u32& b, u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(a), "=r"(b) : "r"(address));
+}
+__device__ __forceinline__ void ldmatrix2_transposed(u32& a, u32& b, u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];" : "=r"(a), "=r"(b) : "r"(address));
+}
+__device__ __forceinline__ void ldmatrix1_transposed(u32& a, u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(a) : "r"(address));
+}
+__device__ __forceinline__ void ldmatrix1(u32& a, u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(a) : "r"(address));
+}
+
+// 16 state rows × 8 steps (operand A, or B with the steps as columns), of a staged tile [steps][ROWS].
+struct RowSteps {
+    u32 part[PARTS][2];
+};
+// V columns × 8 steps, of a staged tile [steps][V].
+struct ColumnSteps {
+    u32 part[PARTS][NT];
+};
+
+template <int LENGTH>
+__device__ __forceinline__ u32 tile_row(u32 tile, int part, int columns, int step, int column) {
+    return tile + 2 * ((part * LENGTH + step) * (columns + PAD) + column);
+}
+
+// steps_contracted: laid out for a product over the steps, else for one over the rows.
+template <int LENGTH>
+__device__ __forceinline__ void load_rows(RowSteps& x, u32 tile, int step, int row, bool steps_contracted, int lane) {
+#pragma unroll
+    for (int p = 0; p < PARTS; p++) {
+        const u32 address = tile_row<LENGTH>(tile, p, ROWS, step + lane % 8, row + lane / 8 % 2 * 8);
+        if (steps_contracted)
+            ldmatrix2_transposed(x.part[p][0], x.part[p][1], address);
+        else
+            ldmatrix2(x.part[p][0], x.part[p][1], address);
+    }
+}
+template <int LENGTH>
+__device__ __forceinline__ void load_columns(ColumnSteps& x, u32 tile, int step, bool steps_contracted, int lane) {
+#pragma unroll
+    for (int p = 0; p < PARTS; p++)
+#pragma unroll
+        for (int n = 0; n < NT; n += 2) {
+            const u32 address = tile_row<LENGTH>(tile, p, V, step + lane % 8, 8 * n + (V == 8 ? 0 : lane / 8 % 2 * 8));
+#if V == 8
+            if (steps_contracted)
+                ldmatrix1_transposed(x.part[p][n], address);
+            else
+                ldmatrix1(x.part[p][n], address);
+#else
+            if (steps_contracted)
+                ldmatrix2_transposed(x.part[p][n], x.part[p][n + 1], address);
+            else
+                ldmatrix2(x.part[p][n], x.part[p][n + 1], address);
+#endif
+        }
+}
+
+// The bits to keep of a register that holds steps 2 (lane % 4) and the next, to keep one of 8 steps.
+__device__ __forceinline__ u32 contracted_mask(int step, int lane) {
+    return lane % 4 == step / 2 ? (step % 2 ? 0xffff0000u : 0x0000ffffu) : 0u;
+}
+// The same where the lane's step is lane / 4.
+__device__ __forceinline__ u32 column_mask(int step, int lane) { return lane / 4 == step ? 0xffffffffu : 0u; }
+
+// x += r cᵀ of one step: r from operand A over steps, c from operand B over steps.
+__device__ __forceinline__ void add_outer(float (&x)[NT][4], const RowSteps& rows, const ColumnSteps& columns, u32 mask) {
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+        FOR_PARTS(i, j)
+            mma8(x[n], rows.part[i][0] & mask, rows.part[i][1] & mask, columns.part[j][n] & mask);
+}
+
+// Column `step` of y (V × 8 steps) += Aᵀ r.
+__device__ __forceinline__ void add_transposed_product(float (&y)[KS][4], const Transposed& a, const RowSteps& rows, u32 mask) {
+#pragma unroll
+    for (int k = 0; k < KS; k++)
+        FOR_PARTS(i, j)
+            mma16(y[k], a.part[i][k], rows.part[j][0] & mask, rows.part[j][1] & mask);
+}
+
+// Column `step` of y (16 rows × 8 steps) += A c.
+__device__ __forceinline__ void add_product(float (&y)[4], const Packed& a, const ColumnSteps& columns, u32 mask) {
+    FOR_PARTS(i, j)
+#pragma unroll
+        for (int k = 0; k < KS; k++) {
+#if V == 8
+            mma8(y, a.part[i][k][0], a.part[i][k][1], columns.part[j][0] & mask);
+#else
+            mma16(y, a.part[i][k], columns.part[j][2 * k] & mask, columns.part[j][2 * k + 1] & mask);
+#endif
+        }
+}
+
+// -------------------------------------------------------------------------------------------------- staging
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void copy16(u32 to, const void* from, bool valid) {
+    const int bytes = valid ? 16 : 0;  // the rest is filled with zeros
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void copies_issued() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+
+// Rows [first, first + LENGTH) of a tensor, of which [begin, end) are read and the rest are zero, to a tile
+// [PARTS][LENGTH][COLUMNS + PAD] of bfloat16. `data` points at channel 0 of step `first`; THREADS threads share the work.
+template <int LENGTH, int COLUMNS, int COUNT>
+__device__ __forceinline__ void stage(
+    char* tile, const input_t* data, i64 stride, i64 first, i64 begin, i64 end, int columns, int thread
+) {
+    constexpr int width = INPUT == 0 ? 8 : 2, pieces = COLUMNS / width, total = LENGTH * pieces;
+    const int low = (int)(begin > first ? begin - first : 0);
+    const int high = (int)(end - first < LENGTH ? end - first : LENGTH);
+#pragma unroll
+    for (int j = 0; j < (total + COUNT - 1) / COUNT; j++) {
+        const int i = thread + j * COUNT;
+        if (total % COUNT != 0 && i >= total) break;
+        const int row = i / pieces, column = i % pieces * width;
+        const bool valid = row >= low && row < high && column < columns;
+        const input_t* from = valid ? data + (row * stride + column) : data;
+#if INPUT == 0
+        copy16(shared_address(tile) + 2 * (row * (COLUMNS + PAD) + column), from, valid);
+#else
+        u32 parts[PARTS];
+        split(valid ? load_as_float(from, 0, INPUT) : 0.f, valid ? load_as_float(from, 1, INPUT) : 0.f, parts);
+#pragma unroll
+        for (int p = 0; p < PARTS; p++) *(u32*)(tile + 2 * ((p * LENGTH + row) * (COLUMNS + PAD) + column)) = parts[p];
+#endif
+    }
+}
+
+template <int LENGTH, int COLUMNS>
+__device__ constexpr int tile_bytes() {
+    return PARTS * LENGTH * (COLUMNS + PAD) * 2;
+}
+
+// --------------------------------------------------------------------------------------------------- states
+
+// Calls what(register, row, column) for each pair of neighbours that a lane holds of a 16 × V tile.
+template <typename F>
+__device__ __forceinline__ void for_pairs(int lane, F what) {
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) what(n, 2 * half, lane / 4 + 8 * half, 8 * n + 2 * (lane % 4));
+}
+
+__device__ __forceinline__ void load_state(float (&h)[NT][4], const float* state, int first_row, int rows, int lane) {
+    for_pairs(lane, [&](int n, int i, int row, int column) {
+        float2 pair = make_float2(0.f, 0.f);
+        if (state && first_row + row < rows) pair = *(const float2*)(state + (i64)(first_row + row) * V + column);
+        h[n][i] = pair.x;
+        h[n][i + 1] = pair.y;
+    });
+}
+__device__ __forceinline__ void store_state(const float (&h)[NT][4], float* state, int first_row, int rows, int lane) {
+    for_pairs(lane, [&](int n, int i, int row, int column) {
+        if (first_row + row < rows)
+            *(float2*)(state + (i64)(first_row + row) * V + column) = make_float2(h[n][i], h[n][i + 1]);
+    });
+}
+
+// States saved for the backward pass: bfloat16, as the tensor cores see them, for bfloat16 inputs; else float32.
+#if PARTS == 1
+typedef u16 saved_t;
+__device__ __forceinline__ void load_saved(float (&h)[NT][4], const saved_t* state, int first_row, int rows, int lane) {
+    for_pairs(lane, [&](int n, int i, int row, int column) {
+        const u32 pair = first_row + row < rows ? *(const u32*)(state + (i64)(first_row + row) * V + column) : 0u;
+        h[n][i] = low_bf16(pair);
+        h[n][i + 1] = high_bf16(pair);
+    });
+}
+__device__ __forceinline__ void save_state(const float (&h)[NT][4], saved_t* state, int first_row, int rows, int lane) {
+    for_pairs(lane, [&](int n, int i, int row, int column) {
+        if (first_row + row < rows)
+            *(u32*)(state + (i64)(first_row + row) * V + column) = pack_bf16(h[n][i], h[n][i + 1]);
+    });
+}
+#else
+typedef float saved_t;
+#define load_saved load_state
+#define save_state store_state
+#endif
+
+// Z = tanh(H W + k vᵀ) of one step; x holds k vᵀ.
+__device__ __forceinline__ void update(float (&z)[NT][4], const Packed& state, const Matrix& weight) {
+    multiply(z, state, weight);
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) z[n][i] = tanh_of(z[n][i]);
+}
+
+// H ← f H + (1 - f) Z
+__device__ __forceinline__ void blend(float (&h)[NT][4], const float (&z)[NT][4], float f) {
+    const float g = 1.f - f;
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) h[n][i] = fmaf(f, h[n][i], g * z[n][i]);
+}
+
+__device__ __forceinline__ void clear(float (&x)[NT][4]) {
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) x[n][i] = 0.f;
+}

@@ -1,0 +1,74 @@
+"""CUDA C++ to machine code: NVRTC through cuda-core, once for each source, set of macros and architecture on a disk."""
+
+import hashlib
+import importlib.metadata
+import os
+import tempfile
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+
+
+def cubin(name: str, macros: tuple[tuple[str, int], ...], capability: tuple[int, int]) -> bytes:
+    """Machine code of ``<name>.cu`` with these macros, for GPUs of this compute capability."""
+    source = (_HERE / "common.cuh").read_text() + (_HERE / f"{name}.cu").read_text()
+    # sm_90a has Hopper's own instructions; code for other architectures must run on later ones of the same family
+    architecture = f"sm_{capability[0]}{capability[1]}"
+    key = repr((source, macros, architecture, _versions()))
+    folder = _cache_folder()
+    path = None if folder is None else folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.cubin"
+    if path is not None and path.exists():
+        return path.read_bytes()
+    code = _compile(source, macros, architecture)
+    if path is not None:
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(code)
+        os.replace(file.name, path)
+    return code
+
+
+def _compile(source: str, macros: tuple[tuple[str, int], ...], architecture: str) -> bytes:
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(
+        arch=architecture,
+        std="c++17",
+        define_macro=[(macro, str(value)) for macro, value in macros],
+    )
+    return bytes(Program(source, "c++", options).compile("cubin").code)
+
+
+@lru_cache
+def _versions() -> tuple[str, ...]:
+    """Of what turns the source into machine code."""
+    return tuple(
+        f"{package} {importlib.metadata.version(package)}"
+        for package in ("cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
+        if _installed(package)
+    )
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+@lru_cache
+def _cache_folder() -> Path | None:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m2rnn" / "cuda"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        warnings.warn(
+            f"cannot write compiled CUDA kernels to {folder} ({error}): every process compiles them anew, which takes"
+            " some seconds. Set XDG_CACHE_HOME to a folder that can be written.",
+            stacklevel=2,
+        )
+        return None
