@@ -27,6 +27,11 @@ SMALLEST_TILE = 16  # of a matrix product in Triton
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 _NVIDIA = torch.version.hip is None and not _INTERPRETED
+# Arguments whose values the kernels are not compiled for: else each length, stride and head count compiles anew.
+_GENERAL = (
+    *("dy", "q", "k", "v", "f", "weight", "initial", "y", "dq", "dk", "dv", "df", "terms", "out_heads", "channels"),
+    *("offsets", "steps", "heads", "key_dim", "value_dim", "first", "begin", "span"),
+)
 _TRITON = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
@@ -42,8 +47,8 @@ class _View(NamedTuple):
     batch: int
     step: int
     head: int
-    channel: int
     repeat: int
+    channel: int
 
 
 class _Target(NamedTuple):
@@ -55,7 +60,18 @@ class _Target(NamedTuple):
     partial: int
 
 
+def _general(*numbers: int) -> tuple[int, ...]:
+    """Triton compiles anew for an integer of a tuple that is 1 or a multiple of 16; those of this code never are."""
+    return tuple(2 * n + 3 for n in numbers)
+
+
 # -------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _int(general):
+    """The number that ``_general`` has encoded."""
+    return (general - 3) // 2
 
 
 @triton.jit
@@ -65,14 +81,20 @@ def _tanh(x, APPROXIMATE: tl.constexpr):
     else:
         size = tl.abs(x)
         decay = tl.exp(-2 * size)
-        large = (1 - decay) / (1 + decay)
-        small = tl.where(size < 0.2, x, 0.0)  # where 1 - decay cancels: Taylor's series, to 1e-13
-        square = small * small
-        series = square * (-929569.0 / 638512875.0) + 21844.0 / 6081075.0
-        series = square * (square * series - 1382.0 / 155925.0) + 62.0 / 2835.0
-        series = square * (square * series - 17.0 / 315.0) + 2.0 / 15.0
-        series = small + small * square * (square * series - 1.0 / 3.0)
-        y = tl.where(size < 0.2, series, tl.where(x < 0, -large, large))
+        y = (1 - decay) / (1 + decay)
+        # Where 1 - decay cancels: a series; in float64 expm1 by Kahan's trick, since constants have float32 precision.
+        small = tl.where(size < 0.25, size, 0.0)
+        if x.dtype == tl.float64:
+            decay = tl.exp(-2 * small)
+            ratio = tl.where(decay < 1, -2 * small / tl.log(tl.where(decay < 1, decay, 2.0)), 1.0)
+            difference = tl.where(decay < 1, (decay - 1) * ratio, -2 * small)
+            series = -difference / (2 + difference)
+        else:
+            square = small * small
+            series = square * (square * (62.0 / 2835.0) - 17.0 / 315.0) + 2.0 / 15.0
+            series = small + small * square * (square * series - 1.0 / 3.0)
+        y = tl.where(size < 0.25, series, y)
+        y = tl.where(x < 0, -y, y)
     return y
 
 
@@ -103,23 +125,29 @@ def _sequence(n, offsets, steps, CHUNK: tl.constexpr):
 @triton.jit
 def _at(x, batch, step, head):
     """Where a ``_View`` has the channels of a step."""
-    return x.data + batch * x.batch + step * x.step + head // x.repeat * x.head
-
-
-@triton.jit
-def _into(x, row, partial_row, head, heads, block):
-    """Where a ``_Target`` has the channels of a step: row ``row`` of B · T, or ``partial_row`` of the launch's."""
-    row += x.partial * (partial_row - row)
-    return x.data + ((row * heads + head) * x.slots + block % x.slots) * x.channels
+    return x.data + batch * _int(x.batch) + step * _int(x.step) + head // _int(x.repeat) * _int(x.head)
 
 
 @triton.jit
 def _load(x, at, step, index, mask, DTYPE: tl.constexpr):
     """The channels ``index`` of a ``_View``, ``step`` steps after ``at``."""
-    return tl.load(at + step * x.step + index * x.channel, mask=mask, other=0.0).to(DTYPE)
+    return tl.load(at + step * _int(x.step) + index * x.channel, mask=mask, other=0.0).to(DTYPE)
 
 
 @triton.jit
+def _into(x, row, partial_row, head, heads, block):
+    """Where a ``_Target`` has the channels of a step: row ``row`` of B · T, or ``partial_row`` of the launch's."""
+    row += _int(x.partial) * (partial_row - row)
+    return x.data + ((row * heads + head) * _int(x.slots) + block % _int(x.slots)) * _int(x.channels)
+
+
+@triton.jit
+def _stride(x, heads):
+    """From one step to the next in a ``_Target``."""
+    return heads * _int(x.slots) * _int(x.channels)
+
+
+@triton.jit(do_not_specialize=_GENERAL)
 def _forward_kernel(
     q, k, v, f, weight, y, state, saved, offsets, steps, heads, key_dim, value_dim, first, begin, span,
     CHUNK: tl.constexpr, R: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr, STATE: tl.constexpr,
@@ -134,11 +162,15 @@ def _forward_kernel(
         return
     last, token = tl.minimum(length - begin, span) - 1, start + begin
 
+    value_dim = value_dim if PADDED else V  # known to the compiler, which then moves whole vectors
     rows, cols = block * R + tl.arange(0, R).to(tl.int64), tl.arange(0, V).to(tl.int64)
     in_rows, in_cols = rows < key_dim, cols < value_dim
     valid = in_rows[:, None] & in_cols[None, :]
     area, tile = key_dim * value_dim, rows[:, None] * value_dim + cols[None, :]
-    w_at, in_w = _at(weight, 0, 0, head) + cols[:, None] * weight.step, (cols < value_dim)[:, None] & in_cols[None, :]
+    w_at, in_w = (
+        _at(weight, 0, 0, head) + cols[:, None] * _int(weight.step),
+        (cols < value_dim)[:, None] & in_cols[None, :],
+    )
     w = _load(weight, w_at, 0, cols[None, :], in_w, STATE).to(OPERAND)
     state_at = state + ((first + index) * heads + head) * area + tile
     h = tl.load(state_at, mask=valid, other=0.0)
@@ -146,7 +178,7 @@ def _forward_kernel(
     q_at, k_at = _at(q, batch, token, head), _at(k, batch, token, head)
     v_at, f_at = _at(v, batch, token, head), _at(f, batch, token, head)
     y_at = _into(y, batch * steps + token, index * span, head, heads, block) + cols
-    y_step = heads * y.slots * y.channels
+    y_step = _stride(y, heads)
     next_q, next_k = _load(q, q_at, 0, rows, in_rows, STATE), _load(k, k_at, 0, rows, in_rows, STATE)
     next_v, next_f = _load(v, v_at, 0, cols, in_cols, STATE), tl.load(f_at).to(STATE)
     for i in range(last + 1):
@@ -156,13 +188,13 @@ def _forward_kernel(
         q_t, k_t, v_t, f_t = next_q, next_k, next_v, next_f
         j = tl.minimum(i + 1, last)  # loaded while this step is computed
         next_q, next_k = _load(q, q_at, j, rows, in_rows, STATE), _load(k, k_at, j, rows, in_rows, STATE)
-        next_v, next_f = _load(v, v_at, j, cols, in_cols, STATE), tl.load(f_at + j * f.step).to(STATE)
+        next_v, next_f = _load(v, v_at, j, cols, in_cols, STATE), tl.load(f_at + j * _int(f.step)).to(STATE)
         _, h = _update(h, w, k_t, v_t, f_t, valid, PADDED, OPERAND, APPROXIMATE)
         tl.store(y_at + i * y_step, tl.sum(q_t[:, None] * h, 0), mask=in_cols)
     tl.store(state_at, h, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_GENERAL)
 def _backward_kernel(
     dy, q, k, v, f, weight, initial, saved, clip, scratch, dq, dk, dv, df, d_state, d_weight,
     offsets, steps, heads, key_dim, value_dim, first, begin, span,
@@ -178,11 +210,15 @@ def _backward_kernel(
         return
     chunks = tl.cdiv(tl.minimum(length - begin, span), CHUNK)
 
+    value_dim = value_dim if PADDED else V  # known to the compiler, which then moves whole vectors
     rows, cols = block * R + tl.arange(0, R).to(tl.int64), tl.arange(0, V).to(tl.int64)
     in_rows, in_cols = rows < key_dim, cols < value_dim
     valid = in_rows[:, None] & in_cols[None, :]
     area, tile = key_dim * value_dim, rows[:, None] * value_dim + cols[None, :]
-    w_at, in_w = _at(weight, 0, 0, head) + cols[:, None] * weight.step, (cols < value_dim)[:, None] & in_cols[None, :]
+    w_at, in_w = (
+        _at(weight, 0, 0, head) + cols[:, None] * _int(weight.step),
+        (cols < value_dim)[:, None] & in_cols[None, :],
+    )
     w_full = _load(weight, w_at, 0, cols[None, :], in_w, STATE)
     w, w_transposed = w_full.to(OPERAND), tl.trans(w_full).to(GRADIENT)
     limit = tl.load(clip)
@@ -192,7 +228,7 @@ def _backward_kernel(
     dw_at = d_weight + program * value_dim * value_dim + cols[:, None] * value_dim + cols[None, :]
     dw = tl.load(dw_at, mask=in_w, other=0.0)
     scratch_at = scratch + program * (CHUNK * R * V) + tl.arange(0, R)[:, None] * V + tl.arange(0, V)[None, :]
-    row_step, v_step, f_step = heads * dq.channels, heads * dv.slots * dv.channels, heads * df.slots
+    row_step, v_step, f_step = _stride(dq, heads), _stride(dv, heads), _stride(df, heads)
 
     for reverse in range(chunks):
         skip = begin + (chunks - 1 - reverse) * CHUNK
@@ -208,7 +244,7 @@ def _backward_kernel(
 
         # Forward through the chunk again, keeping its states. They may be rounded: so dq, which needs them, comes here.
         if skip == 0:
-            h_at = _at(initial, first + index, 0, head) + rows[:, None] * initial.step
+            h_at = _at(initial, first + index, 0, head) + rows[:, None] * _int(initial.step)
             h = _load(initial, h_at, 0, cols[None, :], valid, STATE)
         else:
             chunk = saved_first + skip // CHUNK - 1
@@ -220,25 +256,25 @@ def _backward_kernel(
             k_t, v_t, f_t, dy_t = next_k, next_v, next_f, next_dy
             j = tl.minimum(i + 1, last)
             next_k, next_v = _load(k, k_at, j, rows, in_rows, STATE), _load(v, v_at, j, cols, in_cols, STATE)
-            next_f, next_dy = tl.load(f_at + j * f.step).to(STATE), _load(dy, dy_at, j, cols, in_cols, STATE)
+            next_f, next_dy = tl.load(f_at + j * _int(f.step)).to(STATE), _load(dy, dy_at, j, cols, in_cols, STATE)
             _, h = _update(h, w, k_t, v_t, f_t, valid, PADDED, OPERAND, APPROXIMATE)
             tl.store(dq_at + i * row_step, tl.sum(h * dy_t[None, :], 1), mask=in_rows)
         tl.debug_barrier()  # the program's other threads read what these wrote
 
         next_q, next_k = _load(q, q_at, last, rows, in_rows, STATE), _load(k, k_at, last, rows, in_rows, STATE)
         next_v, next_dy = _load(v, v_at, last, cols, in_cols, STATE), _load(dy, dy_at, last, cols, in_cols, STATE)
-        next_f, next_h = tl.load(f_at + last * f.step).to(STATE), tl.load(scratch_at + last * (R * V))
+        next_f, next_h = tl.load(f_at + last * _int(f.step)).to(STATE), tl.load(scratch_at + last * (R * V))
         for step in range(last + 1):
             i = last - step
             q_t, k_t, v_t, dy_t, f_t, h_t = next_q, next_k, next_v, next_dy, next_f, next_h
             j = tl.maximum(i - 1, 0)
             next_q, next_k = _load(q, q_at, j, rows, in_rows, STATE), _load(k, k_at, j, rows, in_rows, STATE)
             next_v, next_dy = _load(v, v_at, j, cols, in_cols, STATE), _load(dy, dy_at, j, cols, in_cols, STATE)
-            next_f, next_h = tl.load(f_at + j * f.step).to(STATE), tl.load(scratch_at + j * (R * V))
+            next_f, next_h = tl.load(f_at + j * _int(f.step)).to(STATE), tl.load(scratch_at + j * (R * V))
 
             h = h_t.to(STATE)  # H_{t-1}
             z, _ = _update(h, w, k_t, v_t, f_t, valid, PADDED, OPERAND, APPROXIMATE)
-            carry = tl.where(carry > limit, limit, tl.where(carry < -limit, -limit, carry))  # a NaN stays a NaN
+            carry = tl.clamp(carry, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
             g = q_t[:, None] * dy_t[None, :] + carry
             dx = (1 - f_t) * g * (1 - z * z)
             operand = dx.to(GRADIENT)
@@ -252,7 +288,7 @@ def _backward_kernel(
     tl.store(dw_at, dw, mask=in_w)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_GENERAL)
 def _sum_kernel(
     partial, out, terms, out_heads, channels, offsets, steps, first, begin, span,
     CHUNK: tl.constexpr, S: tl.constexpr, X: tl.constexpr,
@@ -320,7 +356,7 @@ class _Problem:
 
     def view(self, x: Tensor) -> _View:
         batch, step, head, channel = (*x.stride(), 0)[:4]
-        return _View(x, batch, step, head, channel, self.heads // x.shape[2])
+        return _View(x, *_general(batch, step, head, self.heads // x.shape[2]), channel)
 
     def new_state(self, value: Tensor | None, like: Tensor) -> Tensor:
         """A dense copy of a state, or zeros."""
@@ -333,7 +369,9 @@ class _Problem:
 
         The partial sums of a launch are added up after it.
         """
-        count = triton.cdiv(self.sequences, triton.cdiv(self.sequences, most) or 1)
+        if self.sequences == 0 or self.steps == 0:
+            return
+        count = triton.cdiv(self.sequences, triton.cdiv(self.sequences, most))
         span, longest = self.steps, self.steps
         if bytes_a_step := count * sum(output.bytes_a_step for output in outputs):
             span = max(PARTIAL_BYTES // bytes_a_step, TRITON_CHUNK) // TRITON_CHUNK * TRITON_CHUNK
@@ -342,9 +380,9 @@ class _Problem:
             span = min(span, longest)
             for output in outputs:
                 output.allocate(count * span)
-        for first in range(0, self.sequences, count or 1):
+        for first in range(0, self.sequences, count):
             n = min(count, self.sequences - first)
-            begins = range(0, longest, span or 1)
+            begins = range(0, longest, span)
             for begin in reversed(begins) if backward else begins:
                 yield n * self.heads * self.blocks, first, begin, span
                 for output in outputs:
@@ -373,7 +411,7 @@ class _Output:
     @property
     def target(self) -> _Target:
         data = self.result if self.partial is None else self.partial
-        return _Target(data, self.channels, self.slots, int(self.partial is not None))
+        return _Target(data, *_general(self.channels, self.slots, int(self.partial is not None)))
 
     def add_up(self, sequences: int, first: int, begin: int, span: int) -> None:
         if self.partial is None:
