@@ -1,4 +1,4 @@
-"""The CPU backend: plans the work, shares it among threads and calls the compiled loops of ``cpu_kernels``.
+"""The CPU backend: plans the work, shares it among threads and calls the compiled loops of ``cpu_kernels.py``.
 
 Memory beyond inputs, outputs and gradients: one state every ``chunk`` steps between forward and backward, and
 ``chunk`` states of scratch a thread. The result is the same bits for any number of threads, since the units of work
@@ -6,13 +6,12 @@ and the order of every sum depend on the shapes alone.
 """
 
 import ctypes
-import itertools
 import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m2rnn.ops import cpu_kernels as kernels
-from m2rnn.ops import simd
+from m2rnn.ops import cpu_layout as layout
+from m2rnn.ops.cpu_code import kernel
 from m2rnn.ops.shapes import chunk_length, head_count, output_dtype, saved_states, state_dtype
 
 UNITS = 64  # pieces to cut the work into: enough for any laptop, and a fixed number keeps the bits the same
 CALLS_PER_THREAD = 4  # so that a thread that is late leaves work for the others
 
 _DTYPE_CODES = {
-    torch.float32: simd.FLOAT32,
-    torch.float64: simd.FLOAT64,
-    torch.bfloat16: simd.BFLOAT16,
-    torch.float16: simd.FLOAT16,
+    torch.float32: layout.FLOAT32,
+    torch.float64: layout.FLOAT64,
+    torch.bfloat16: layout.BFLOAT16,
+    torch.float16: layout.FLOAT16,
 }
 
 
@@ -89,17 +88,35 @@ def _on_threads(threads: int, work: Callable[[], None]) -> None:
         raise errors[0]
 
 
-def _run(kernel: Callable[..., None], units: np.ndarray, scratch: Callable[[], kernels.Scratch], *args: Any) -> None:
-    """Call ``kernel`` on slices of ``units``, with scratch memory for each thread, until all of them are done."""
-    threads = min(torch.get_num_threads(), len(units))
-    calls = min(len(units), CALLS_PER_THREAD * threads) if threads > 1 else threads
-    bounds = np.linspace(0, len(units), calls + 1).astype(int).tolist()
-    slices = iter(list(itertools.pairwise(bounds)))
+def _address(x: Tensor | np.ndarray | None) -> int:
+    if x is None:
+        return 0
+    return x.data_ptr() if isinstance(x, Tensor) else x.ctypes.data
+
+
+def _run(
+    name: str,
+    plan: "_Plan",
+    tensors: np.ndarray,
+    sizes: np.ndarray,
+    *arrays: Tensor | None,
+    clip: tuple[float, ...] = (),
+) -> None:
+    """Call a kernel on ranges of the plan's units, with scratch memory for each thread, until all of them are done."""
+    call = kernel(name, 8 * plan.dtype.itemsize)
+    tables = [_address(x) for x in (plan.units, tensors, plan.sequences, sizes)]
+    others = [*(_address(x) for x in arrays), *clip]
+    scratch = plan.scratch_size(name == "backward") + layout.VECTOR_BYTES // plan.dtype.itemsize
+    count = len(plan.units)
+    threads = min(torch.get_num_threads(), count)
+    calls = min(count, CALLS_PER_THREAD * threads) if threads > 1 else threads
+    ranges = iter([(i * count // calls, (i + 1) * count // calls) for i in range(calls)])
 
     def work() -> None:
-        memory = scratch()
-        for first, last in slices:  # next() of a list's iterator is atomic, so each slice goes to one thread
-            kernel(first, units[first:last], memory, *args)
+        memory = torch.empty(scratch, dtype=plan.dtype)
+        aligned = _round_up(memory.data_ptr(), layout.VECTOR_BYTES)  # vectors that straddle two lines cost twice
+        for first, last in ranges:  # next() of a list's iterator is atomic, so each range goes to one thread
+            call(first, last, *tables, aligned, *others)
 
     if threads > 1:
         _on_threads(threads, work)
@@ -124,15 +141,15 @@ class _Plan:
     value_dim: int
     dtype: torch.dtype  # of the state
     chunk: int
-    sequences: np.ndarray  # see the columns in cpu_kernels
-    units: np.ndarray  # see the columns in cpu_kernels
+    sequences: np.ndarray  # see the columns in cpu_layout
+    units: np.ndarray  # see the columns in cpu_layout
     head_groups: int
     row_blocks: int
 
     @property
     def width(self) -> int:
         """V, padded to whole vectors."""
-        return _round_up(self.value_dim, simd.VECTOR_BYTES // self.dtype.itemsize)
+        return _round_up(self.value_dim, layout.VECTOR_BYTES // self.dtype.itemsize)
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -149,13 +166,9 @@ class _Plan:
         repeat = self.heads // weight_heads
         return np.array([self.heads, self.key_dim, self.value_dim, self.width, self.chunk, repeat], np.int64)
 
-    def scratch(self, backward: bool) -> Callable[[], kernels.Scratch]:
-        rows = _round_up(
-            int((self.units[:, kernels.LAST_ROW] - self.units[:, kernels.FIRST_ROW]).max(initial=0)),
-            kernels.ROWS,
-        )
-        dtype = np.float32 if self.dtype == torch.float32 else np.float64
-        return partial(kernels.Scratch.allocate, self.chunk, rows, self.width, dtype, backward)
+    def scratch_size(self, backward: bool) -> int:
+        rows = int((self.units[:, layout.LAST_ROW] - self.units[:, layout.FIRST_ROW]).max(initial=0))
+        return layout.scratch_size(self.chunk, _round_up(rows, layout.ROWS), self.width, backward)
 
     def describe(self, x: Tensor, *, by_row: bool = False, slots: tuple[int, int] | None = None) -> list[int]:
         """The kernels' row for a tensor [B, T, heads] or [B, T, heads, channels]; with slots, as first dimension."""
@@ -182,18 +195,13 @@ class _Plan:
             self.describe(f),
         ]
 
-    def flat(self, x: Tensor | None) -> np.ndarray:
-        """A dense view or copy in the state's dtype; empty for None."""
-        return (
-            torch.empty(0, dtype=self.dtype).numpy()
-            if x is None
-            else x.to(self.dtype).contiguous().detach().view(-1).numpy()
-        )
+    def dense(self, x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.detach().to(self.dtype).contiguous()
 
-    def padded_weight(self, weight: Tensor) -> np.ndarray:
-        padded = weight.new_zeros(weight.shape[0], self.width, self.width, dtype=self.dtype)
-        padded[:, : self.value_dim, : self.value_dim] = weight
-        return padded.detach().view(-1).numpy()
+    def padded_weight(self, weight: Tensor) -> Tensor:
+        padded = torch.zeros(weight.shape[0], self.width, self.width, dtype=self.dtype)
+        padded[:, : self.value_dim, : self.value_dim] = weight.detach()
+        return padded
 
 
 def _plan(q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> _Plan:
@@ -242,8 +250,8 @@ def _cut(
         most = max(1, heads * value_dim // (chunk * fewest_heads))
         head_groups = max(g for g in _divisors(heads) if g <= min(head_groups, most))
     row_blocks = -(-UNITS // max(count * head_groups, 1))
-    row_blocks = max(1, min(row_blocks, key_dim // chunk, key_dim // kernels.ROWS))
-    rows = _round_up(-(-key_dim // row_blocks), kernels.ROWS)
+    row_blocks = max(1, min(row_blocks, key_dim // chunk, key_dim // layout.ROWS))
+    rows = _round_up(-(-key_dim // row_blocks), layout.ROWS)
     row_blocks = -(-key_dim // rows)
 
     ranges = min(count, -(-UNITS // (head_groups * row_blocks)))
@@ -300,9 +308,8 @@ def forward(
     saved = allocate(count, *plan.state_shape, dtype=plan.dtype)
     y = _Output(plan, torch.Size((*v.shape[:2], plan.heads, plan.value_dim)), output_dtype(q, k, v), by_row=False)
     _run(
-        kernels.forward, plan.units, plan.scratch(backward=False),
-        np.array([*plan.describe_inputs(q, k, v, f), y.row]), plan.sequences, plan.sizes(weight.shape[0]),
-        plan.padded_weight(weight), plan.flat(initial_state), plan.flat(final), plan.flat(saved),
+        "forward", plan, np.array([*plan.describe_inputs(q, k, v, f), y.row]), plan.sizes(weight.shape[0]),
+        plan.padded_weight(weight), plan.dense(initial_state), final, saved,
     )  # fmt: skip
     return y.result(), final, saved
 
@@ -327,18 +334,17 @@ def backward(
     ]
     d_initial = None if initial_state is None else torch.empty(initial_state.shape, dtype=plan.dtype)
     padded = plan.padded_weight(weight)
-    transposed = np.ascontiguousarray(padded.reshape(-1, plan.width, plan.width).transpose(0, 2, 1)).ravel()
-    area = plan.width**2
-    d_weight = np.zeros(len(plan.units) * plan.heads // plan.head_groups * area, padded.dtype)
+    groups = len(plan.units) // plan.head_groups
+    d_weight = torch.empty(groups, plan.heads, plan.width, plan.width, dtype=plan.dtype)
     _run(
-        kernels.backward, plan.units, plan.scratch(backward=True),
+        "backward", plan,
         np.array([*plan.describe_inputs(q, k, v, f), plan.describe(dy), *(g.row for g in gradients)]),
-        plan.sequences, plan.sizes(weight.shape[0]), padded, transposed,
-        plan.flat(initial_state), plan.flat(saved), plan.flat(d_final), plan.flat(d_initial), d_weight,
-        math.inf if state_clip is None else float(state_clip),
+        plan.sizes(weight.shape[0]), padded, padded.transpose(1, 2).contiguous(),
+        plan.dense(initial_state), saved, plan.dense(d_final), d_initial, d_weight,
+        clip=(math.inf if state_clip is None else float(state_clip),),
     )  # fmt: skip
 
-    by_head = np.add.reduce(d_weight.reshape(-1, plan.heads, plan.width, plan.width), axis=0)  # in the units' order
+    by_head = np.add.reduce(d_weight.numpy(), axis=0)  # in the units' order
     by_source = np.add.reduce(by_head.reshape(weight.shape[0], -1, plan.width, plan.width), axis=1)
     dw = torch.from_numpy(by_source[:, : plan.value_dim, : plan.value_dim]).to(weight.dtype).contiguous()
     dq, dk, dv, df = (gradient.result() for gradient in gradients)
@@ -349,8 +355,8 @@ def backward(
 
 def tanh(x: np.ndarray) -> np.ndarray:
     """The kernels' own tanh of each element of a float32 or float64 array."""
-    padded = np.zeros(_round_up(x.size, simd.VECTOR_BYTES // x.itemsize), x.dtype)
+    padded = np.zeros(_round_up(x.size, layout.VECTOR_BYTES // x.itemsize), x.dtype)
     padded[: x.size] = x.ravel()
     out = np.empty_like(padded)
-    kernels.apply_tanh(padded, out)
+    kernel("apply_tanh", 8 * x.itemsize)(_address(padded), _address(out), padded.size)
     return out[: x.size].reshape(x.shape)

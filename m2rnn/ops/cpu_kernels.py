@@ -1,117 +1,22 @@
-"""The compiled loops of the CPU backend; ``cpu.py`` plans the work and calls them.
+"""The loops of the CPU backend, compiled by numba; ``cpu.py`` plans the work and calls them through ``cpu_code.py``.
 
 A *unit* of work is a range of sequences, heads and state rows that one thread takes from the first step to the last.
 Within a unit, ``chunk`` time steps at a time are copied into small dense arrays ("staged"): that is where strides,
 16-bit dtypes and padding are dealt with, so that the arithmetic sees aligned rows of whole vectors only. V is padded
 to whole vectors and the rows to blocks of four with zeros, which stay zero through the recurrence.
 
-Tensors of any dtype arrive as rows of ``tensors``: see the columns below. Everything the arithmetic needs in order
-to be the same bits for any number of threads is fixed by the shapes: units, their order, and who adds to what.
+Arrays are bare pointers and the tables are those of ``cpu_layout.py``. Everything the arithmetic needs in order to be
+the same bits for any number of threads is fixed by the shapes: units, their order, and who adds to what.
 """
 
-import hashlib
-import os
-import tempfile
-import warnings
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numba
-import numpy as np
-from numba import njit
+from numba import njit, types
 
+from m2rnn.ops import cpu_layout as layout
 from m2rnn.ops import simd
-from m2rnn.ops.simd import element, fma, load, put, store, tanh, total, zeros_like
-
-# Columns of ``tensors``, all integers: the address of element 0, the dtype's code, strides in elements, how many heads
-# share one of the tensor's, whether the channels are the state's rows (else: how many there are, and padded), and for
-# outputs whether to add to what is there and how partial sums are numbered (see ``_unstage``).
-(
-    ADDRESS, DTYPE, SLOT, BATCH, TIME, HEAD, CHANNEL, REPEAT, BY_ROW, CHANNELS, PADDED, ADD, HEAD_SLOTS, ROW_SLOTS,
-) = range(14)  # fmt: skip
-# Rows of ``tensors``. The forward pass uses the first five; in the backward pass Y is the gradient of y.
-Q, K, V, F, Y, DQ, DK, DV, DF = range(9)
-# Columns of ``units``: ranges [first, last), and the unit's place among those that split rows and heads
-FIRST_SEQUENCE, LAST_SEQUENCE, FIRST_HEAD, LAST_HEAD, FIRST_ROW, LAST_ROW, ROW_BLOCK, HEAD_GROUP = range(8)
-# Columns of ``sequences``: where a sequence lies, and the number of its first saved state
-BATCH_INDEX, START, LENGTH, FIRST_SAVED = range(4)
-# Entries of ``sizes``
-HEADS, KEY_DIM, VALUE_DIM, WIDTH, CHUNK, WEIGHT_REPEAT = range(6)
-
-ROWS = 4  # state rows that one block of accumulators covers
-FLOAT32, FLOAT64, BFLOAT16 = simd.FLOAT32, simd.FLOAT64, simd.BFLOAT16
-VECTOR_BYTES = simd.VECTOR_BYTES
-
-
-def _aligned_zeros(sizes: list[int], dtype: Any) -> list[np.ndarray]:
-    """Arrays of the given sizes, each on a cache line of its own: vectors that straddle two lines cost twice."""
-    lanes = VECTOR_BYTES // np.dtype(dtype).itemsize
-    starts = np.cumsum([0, *(-(-size // lanes) * lanes for size in sizes)]).tolist()
-    memory = np.zeros(starts[-1] + lanes, dtype)
-    shift = -memory.ctypes.data % VECTOR_BYTES // memory.itemsize
-    return [memory[shift + start : shift + start + size] for start, size in zip(starts[:-1], sizes, strict=True)]
-
-
-class Scratch(NamedTuple):
-    """Dense arrays for one chunk of one head; ``rows`` and ``width`` are padded. The forward pass leaves d… empty."""
-
-    q: np.ndarray  # [chunk, rows]
-    k: np.ndarray  # [chunk, rows]
-    v: np.ndarray  # [chunk, width]
-    f: np.ndarray  # [chunk]
-    y: np.ndarray  # [chunk, width]: y, or its gradient
-    states: np.ndarray  # [chunk + 1, rows, width]: H before each step and after the last; forward: [rows, width]
-    updates: np.ndarray  # [chunk, rows, width]: Z, which dX replaces on the way back; forward: [rows, width]
-    dq: np.ndarray
-    dk: np.ndarray
-    dv: np.ndarray
-    df: np.ndarray
-    carry: np.ndarray  # [rows, width]: the gradient that reaches the state from later steps
-    d_weight: np.ndarray  # [width, width]
-
-    @classmethod
-    def allocate(cls, chunk: int, rows: int, width: int, dtype: Any, backward: bool) -> "Scratch":
-        state = rows * width
-        sizes = [chunk * rows, chunk * rows, chunk * width, chunk, chunk * width]
-        sizes += [(chunk + 1) * state, chunk * state] if backward else [state, state]
-        gradients = [chunk * rows, chunk * rows, chunk * width, chunk, state, width * width]
-        sizes += gradients if backward else [0] * len(gradients)
-        return cls(*_aligned_zeros(sizes, dtype))
-
-
-def _cache_folder() -> Path | None:
-    """Where compiled kernels are kept: a folder for this very source, since numba looks at one file's date only."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m2rnn"
-    sources = [Path(simd.__file__), Path(__file__)]
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
-    folder = Path(numba.config.CACHE_DIR or default) / f"cpu-{digest}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        warnings.warn(
-            f"m2rnn cannot keep its compiled CPU kernels in {folder} ({error.strerror}): every process compiles them "
-            "anew, which takes some seconds. Set NUMBA_CACHE_DIR to a folder that can be written.",
-            stacklevel=2,
-        )
-        return None
-
-
-_CACHE_FOLDER = _cache_folder()
-
-
-def _jit(function: Any) -> Any:
-    if _CACHE_FOLDER is None:
-        return njit(nogil=True, error_model="numpy")(function)
-    previous, numba.config.CACHE_DIR = (
-        numba.config.CACHE_DIR,
-        str(_CACHE_FOLDER),
-    )  # read when a function is declared
-    try:
-        return njit(nogil=True, cache=True, error_model="numpy")(function)
-    finally:
-        numba.config.CACHE_DIR = previous
+from m2rnn.ops.cpu_layout import ROWS
+from m2rnn.ops.simd import element, exists, fma, fnma, lanes_of, load, offset, put, store, tanh, total, zeros_like
 
 
 def _inline(function: Any) -> Any:
@@ -124,106 +29,133 @@ def _call(function: Any) -> Any:
 
 
 @_inline
+def _row(tensors, index):
+    return offset(tensors, index * layout.TENSOR_COLUMNS)
+
+
+@_inline
 def _place(tensor, unit):
     """(first channel, channels, padded channels, bytes an element) of a tensor's part that belongs to a unit."""
-    first, count, width = 0, tensor[CHANNELS], tensor[PADDED]
-    if tensor[BY_ROW]:
-        first, count = unit[FIRST_ROW], unit[LAST_ROW] - unit[FIRST_ROW]
+    first, count, width = 0, tensor[layout.CHANNELS], tensor[layout.PADDED]
+    if tensor[layout.BY_ROW]:
+        first, count = unit[layout.FIRST_ROW], unit[layout.LAST_ROW] - unit[layout.FIRST_ROW]
         width = (count + ROWS - 1) // ROWS * ROWS
-    dtype = tensor[DTYPE]
-    return first, count, width, 4 if dtype == FLOAT32 else 8 if dtype == FLOAT64 else 2
+    dtype = tensor[layout.DTYPE]
+    return first, count, width, 4 if dtype == layout.FLOAT32 else 8 if dtype == layout.FLOAT64 else 2
 
 
 @_call
 def _stage(out, tensor, unit, batch, start, steps, head):
     """Copy ``steps`` time steps of one head into ``out``, converted and padded with zeros."""
     first, count, width, size = _place(tensor, unit)
-    dtype, stride = tensor[DTYPE], size * tensor[CHANNEL]
-    origin = batch * tensor[BATCH] + head // tensor[REPEAT] * tensor[HEAD] + first * tensor[CHANNEL]
+    dtype, stride, step = tensor[layout.DTYPE], size * tensor[layout.CHANNEL], size * tensor[layout.TIME]
+    origin = (
+        batch * tensor[layout.BATCH]
+        + head // tensor[layout.REPEAT] * tensor[layout.HEAD]
+        + first * tensor[layout.CHANNEL]
+    )
+    address = tensor[layout.ADDRESS] + size * origin + step * start
+    dense = stride == size
+    if dense and step == size * count and count == width:  # one long row
+        count, width, steps = steps * count, steps * count, 1
     for t in range(steps):
-        address = tensor[ADDRESS] + size * (origin + (start + t) * tensor[TIME])
-        to = t * width
-        if dtype == FLOAT32:
-            for i in range(count):
-                put(out, to + i, simd.read_float32(address + i * stride))
-        elif dtype == FLOAT64:
-            for i in range(count):
-                put(out, to + i, simd.read_float64(address + i * stride))
-        elif dtype == BFLOAT16:
-            for i in range(count):
-                put(out, to + i, simd.read_bfloat16(address + i * stride))
+        at, row = t * width, address + t * step
+        done = 0
+        if dense:
+            done = count - count % lanes_of(out)
+            for i in range(0, done, lanes_of(out)):
+                simd.read_lanes(out, at + i, row + i * size, dtype)
+        if dtype == layout.FLOAT32:
+            for i in range(done, count):
+                simd.read_float32(out, at + i, row + i * stride)
+        elif dtype == layout.FLOAT64:
+            for i in range(done, count):
+                simd.read_float64(out, at + i, row + i * stride)
+        elif dtype == layout.BFLOAT16:
+            for i in range(done, count):
+                simd.read_bfloat16(out, at + i, row + i * stride)
         else:
-            for i in range(count):
-                put(out, to + i, simd.read_float16(address + i * stride))
+            for i in range(done, count):
+                simd.read_float16(out, at + i, row + i * stride)
         for i in range(count, width):
-            put(out, to + i, 0.0)
+            put(out, at + i, 0.0)
 
 
 @_call
-def _unstage(out, tensor, unit, batch, start, steps, head):
-    """Write ``steps`` time steps of one head from ``out``, the inverse of ``_stage``.
+def _unstage(array, tensor, unit, batch, start, steps, head):
+    """Write ``steps`` time steps of one head from ``array``, the inverse of ``_stage``.
 
     Where several units contribute to an element (units of other rows, or of other heads that share it), each has a
-    slot of its own; heads of one unit that share it are added, one after the other.
+    slot of its own; heads of one unit that share it are added, one after the other. Slots are dense.
     """
     first, count, width, size = _place(tensor, unit)
-    dtype, stride = tensor[DTYPE], size * tensor[CHANNEL]
-    slot = unit[HEAD_GROUP] % tensor[HEAD_SLOTS] * tensor[ROW_SLOTS] + unit[ROW_BLOCK] % tensor[ROW_SLOTS]
-    origin = (
-        batch * tensor[BATCH] + head // tensor[REPEAT] * tensor[HEAD] + first * tensor[CHANNEL] + slot * tensor[SLOT]
+    dtype, stride, step = tensor[layout.DTYPE], size * tensor[layout.CHANNEL], size * tensor[layout.TIME]
+    slot = (
+        unit[layout.HEAD_GROUP] % tensor[layout.HEAD_SLOTS] * tensor[layout.ROW_SLOTS]
+        + unit[layout.ROW_BLOCK] % tensor[layout.ROW_SLOTS]
     )
+    origin = (
+        batch * tensor[layout.BATCH]
+        + head // tensor[layout.REPEAT] * tensor[layout.HEAD]
+        + first * tensor[layout.CHANNEL]
+        + slot * tensor[layout.SLOT]
+    )
+    address = tensor[layout.ADDRESS] + size * origin + step * start
+    dense = stride == size
+    if dense and step == size * count and count == width:  # one long row
+        count, width, steps = steps * count, steps * count, 1
     for t in range(steps):
-        address = tensor[ADDRESS] + size * (origin + (start + t) * tensor[TIME])
-        at = t * width
-        if tensor[ADD]:  # partial sums are in the state's dtype
-            if dtype == FLOAT32:
-                for i in range(count):
-                    sum32 = simd.read_float32(address + i * stride) + element(out, at + i)
-                    simd.write_float32(address + i * stride, sum32)
-            else:
-                for i in range(count):
-                    sum64 = simd.read_float64(address + i * stride) + element(out, at + i)
-                    simd.write_float64(address + i * stride, sum64)
-        elif dtype == FLOAT32:
-            for i in range(count):
-                simd.write_float32(address + i * stride, element(out, at + i))
-        elif dtype == FLOAT64:
-            for i in range(count):
-                simd.write_float64(address + i * stride, element(out, at + i))
-        elif dtype == BFLOAT16:
-            for i in range(count):
-                simd.write_bfloat16(address + i * stride, element(out, at + i))
+        at, row = t * width, address + t * step
+        done = count - count % lanes_of(array) if dense else 0
+        if tensor[layout.ADD]:  # partial sums are in the state's dtype
+            sums = simd.array_at(row, array)
+            for i in range(0, done, lanes_of(array)):
+                store(sums, i, load(sums, i) + load(array, at + i))
+            for i in range(done, count):
+                put(sums, i, element(sums, i) + element(array, at + i))
+            continue
+        for i in range(0, done, lanes_of(array)):
+            simd.write_lanes(row + i * size, array, at + i, dtype)
+        if dtype == layout.FLOAT32:
+            for i in range(done, count):
+                simd.write_float32(row + i * stride, array, at + i)
+        elif dtype == layout.FLOAT64:
+            for i in range(done, count):
+                simd.write_float64(row + i * stride, array, at + i)
+        elif dtype == layout.BFLOAT16:
+            for i in range(done, count):
+                simd.write_bfloat16(row + i * stride, array, at + i)
         else:
-            for i in range(count):
-                simd.write_float16(address + i * stride, element(out, at + i))
+            for i in range(done, count):
+                simd.write_float16(row + i * stride, array, at + i)
 
 
 @_inline
 def _state_offset(sizes, n, head, unit):
-    return ((n * sizes[HEADS] + head) * sizes[KEY_DIM] + unit[FIRST_ROW]) * sizes[VALUE_DIM]
+    return ((n * sizes[layout.HEADS] + head) * sizes[layout.KEY_DIM] + unit[layout.FIRST_ROW]) * sizes[layout.VALUE_DIM]
 
 
 @_call
-def _load_state(out, source, offset, unit, sizes):
+def _load_state(out, source, start, unit, sizes):
     """The unit's rows of a state into ``out``, padded; zeros where there is no source."""
-    columns, width = sizes[VALUE_DIM], sizes[WIDTH]
-    rows = unit[LAST_ROW] - unit[FIRST_ROW]
-    for i in range((rows + ROWS - 1) // ROWS * ROWS * width):
-        out[i] = 0
-    if source.size:
+    columns, width = sizes[layout.VALUE_DIM], sizes[layout.WIDTH]
+    rows = unit[layout.LAST_ROW] - unit[layout.FIRST_ROW]
+    for i in range(0, (rows + ROWS - 1) // ROWS * ROWS * width, lanes_of(out)):
+        store(out, i, zeros_like(out))
+    if exists(source):
         for r in range(rows):
             for j in range(columns):
-                out[r * width + j] = source[offset + r * columns + j]
+                put(out, r * width + j, element(source, start + r * columns + j))
 
 
 @_call
-def _save_state(out, offset, source, unit, sizes):
+def _save_state(out, start, source, unit, sizes):
     """The unit's rows of the padded state ``source`` into ``out``, if there is room."""
-    columns, width = sizes[VALUE_DIM], sizes[WIDTH]
-    if out.size:
-        for r in range(unit[LAST_ROW] - unit[FIRST_ROW]):
+    columns, width = sizes[layout.VALUE_DIM], sizes[layout.WIDTH]
+    if exists(out):
+        for r in range(unit[layout.LAST_ROW] - unit[layout.FIRST_ROW]):
             for j in range(columns):
-                out[offset + r * columns + j] = source[r * width + j]
+                put(out, start + r * columns + j, element(source, r * width + j))
 
 
 @_inline
@@ -248,166 +180,178 @@ def _store_rows(out, i, width, c0, c1, c2, c3):
 
 
 @_inline
-def _pre_activation(out, state, start, weight, weight_start, k, k_start, v, v_start, rows, columns, width):
-    """out = H W + k vᵀ, where H is ``state[start:]`` and ``out`` is written from ``start`` too."""
-    lanes = VECTOR_BYTES // state.itemsize
-    for r in range(0, rows, ROWS):
-        for p in range(0, width, lanes):
-            v_p = load(v, v_start + p)
-            i = k_start + r
-            z0, z1, z2, z3 = _product(
-                state, start + r * width, width, 1, weight, weight_start + p, width, columns,
-                element(k, i) * v_p, element(k, i + 1) * v_p, element(k, i + 2) * v_p, element(k, i + 3) * v_p,
-            )  # fmt: skip
-            _store_rows(out, start + r * width + p, width, z0, z1, z2, z3)
+def _pre_activation(out, state, weight, k, v, columns, width):
+    """out = H W + k vᵀ for one block of rows of H."""
+    for p in range(0, width, lanes_of(state)):
+        v_p = load(v, p)
+        z0, z1, z2, z3 = _product(
+            state, 0, width, 1, weight, p, width, columns,
+            element(k, 0) * v_p, element(k, 1) * v_p, element(k, 2) * v_p, element(k, 3) * v_p,
+        )  # fmt: skip
+        _store_rows(out, p, width, z0, z1, z2, z3)
 
 
-@_jit
-def forward(first_unit, units, scratch, tensors, sequences, sizes, weight, initial, final, saved):
+@_inline
+def _put_row_totals(out, i, sums):
+    lanes = lanes_of(sums)
+    simd.put_totals(out, i, load(sums, 0), load(sums, lanes), load(sums, 2 * lanes), load(sums, 3 * lanes))
+
+
+def forward(first_unit, last_unit, units, tensors, sequences, sizes, scratch, weights, initial, final, saved):
     """y, the final states, and the state at the start of every chunk but a sequence's first."""
-    q, k, v, f, y = scratch.q, scratch.k, scratch.v, scratch.f, scratch.y
-    state, pre = scratch.states, scratch.updates
-    lanes = VECTOR_BYTES // weight.itemsize
-    columns, width, chunk = sizes[VALUE_DIM], sizes[WIDTH], sizes[CHUNK]
-    origin = 0
-    for u in range(units.shape[0]):
-        unit = units[u]
-        count = unit[LAST_ROW] - unit[FIRST_ROW]
+    lanes, columns, width, chunk = lanes_of(weights), sizes[layout.VALUE_DIM], sizes[layout.WIDTH], sizes[layout.CHUNK]
+    for u in range(first_unit, last_unit):
+        unit = offset(units, u * layout.UNIT_COLUMNS)
+        count = unit[layout.LAST_ROW] - unit[layout.FIRST_ROW]
         rows = (count + ROWS - 1) // ROWS * ROWS
-        for head in range(unit[FIRST_HEAD], unit[LAST_HEAD]):
-            weight_start = head // sizes[WEIGHT_REPEAT] * width * width
-            for n in range(unit[FIRST_SEQUENCE], unit[LAST_SEQUENCE]):
-                batch, start, length = sequences[n, BATCH_INDEX], sequences[n, START], sequences[n, LENGTH]
+        q = scratch
+        k = offset(q, chunk * rows)
+        v = offset(k, chunk * rows)
+        f = offset(v, chunk * width)
+        y = offset(f, chunk)
+        state = offset(y, chunk * width)
+        pre = offset(state, rows * width)
+        for head in range(unit[layout.FIRST_HEAD], unit[layout.LAST_HEAD]):
+            weight = offset(weights, head // sizes[layout.WEIGHT_REPEAT] * width * width)
+            for n in range(unit[layout.FIRST_SEQUENCE], unit[layout.LAST_SEQUENCE]):
+                sequence = offset(sequences, n * layout.SEQUENCE_COLUMNS)
+                batch, start, length = sequence[layout.BATCH_INDEX], sequence[layout.START], sequence[layout.LENGTH]
                 _load_state(state, initial, _state_offset(sizes, n, head, unit), unit, sizes)
-                number = sequences[n, FIRST_SAVED]
+                number = sequence[layout.FIRST_SAVED]
                 for first in range(0, length, chunk):
                     steps = chunk if first + chunk <= length else length - first
                     at = start + first
                     if first > 0:
                         _save_state(saved, _state_offset(sizes, number, head, unit), state, unit, sizes)
                         number += 1
-                    _stage(q, tensors[Q], unit, batch, at, steps, head)
-                    _stage(k, tensors[K], unit, batch, at, steps, head)
-                    _stage(v, tensors[V], unit, batch, at, steps, head)
-                    _stage(f, tensors[F], unit, batch, at, steps, head)
+                    _stage(q, _row(tensors, layout.Q), unit, batch, at, steps, head)
+                    _stage(k, _row(tensors, layout.K), unit, batch, at, steps, head)
+                    _stage(v, _row(tensors, layout.V), unit, batch, at, steps, head)
+                    _stage(f, _row(tensors, layout.F), unit, batch, at, steps, head)
                     for t in range(steps):
-                        _pre_activation(
-                            pre,
-                            state,
-                            origin,
-                            weight,
-                            weight_start,
-                            k,
-                            t * rows,
-                            v,
-                            t * width,
-                            rows,
-                            columns,
-                            width,
-                        )
                         keep = element(f, t)
+                        y_t = offset(y, t * width)
                         for p in range(0, width, lanes):
-                            y_p = zeros_like(y)
-                            for r in range(count):
-                                i = r * width + p
-                                z = tanh(load(pre, i))
-                                h = fma(keep, load(state, i), (1 - keep) * z)
-                                store(state, i, h)
-                                y_p = fma(element(q, t * rows + r), h, y_p)
-                            store(y, t * width + p, y_p)
-                    _unstage(y, tensors[Y], unit, batch, at, steps, head)
+                            store(y_t, p, zeros_like(y))
+                        for block in range(0, rows, ROWS):
+                            h = offset(state, block * width)
+                            q_block, k_block = offset(q, t * rows + block), offset(k, t * rows + block)
+                            _pre_activation(pre, h, weight, k_block, offset(v, t * width), columns, width)
+                            for p in range(0, width, lanes):
+                                y_p = load(y_t, p)
+                                for r in range(min(ROWS, count - block)):  # the padding stays 0: 0 · inf is not 0
+                                    i = r * width + p
+                                    h_p = fma(keep, load(h, i), (1 - keep) * tanh(load(pre, i)))
+                                    store(h, i, h_p)
+                                    y_p = fma(element(q_block, r), h_p, y_p)
+                                store(y_t, p, y_p)
+                    _unstage(y, _row(tensors, layout.Y), unit, batch, at, steps, head)
                 _save_state(final, _state_offset(sizes, n, head, unit), state, unit, sizes)
 
 
-@_jit
 def backward(
-    first_unit, units, scratch, tensors, sequences, sizes, weight, transposed, initial, saved, d_final, d_initial,
-    d_weight, clip,
+    first_unit, last_unit, units, tensors, sequences, sizes, scratch, weights, transposed_weights, initial, saved,
+    d_final, d_initial, d_weights, clip,
 ):  # fmt: skip
     """All gradients. A chunk at a time, from the last: recompute its states, then run back through them."""
-    q, k, v, f, dy = scratch.q, scratch.k, scratch.v, scratch.f, scratch.y
-    dq, dk, dv, df = scratch.dq, scratch.dk, scratch.dv, scratch.df
-    states, updates, carry, d_head_weight = scratch.states, scratch.updates, scratch.carry, scratch.d_weight
-    lanes = VECTOR_BYTES // weight.itemsize
-    columns, width, chunk = sizes[VALUE_DIM], sizes[WIDTH], sizes[CHUNK]
+    lanes, columns, width, chunk = lanes_of(weights), sizes[layout.VALUE_DIM], sizes[layout.WIDTH], sizes[layout.CHUNK]
     area = width * width
-    for u in range(units.shape[0]):
-        unit = units[u]
-        count = unit[LAST_ROW] - unit[FIRST_ROW]
+    for u in range(first_unit, last_unit):
+        unit = offset(units, u * layout.UNIT_COLUMNS)
+        count = unit[layout.LAST_ROW] - unit[layout.FIRST_ROW]
         rows = (count + ROWS - 1) // ROWS * ROWS
         size = rows * width
-        for head in range(unit[FIRST_HEAD], unit[LAST_HEAD]):
-            weight_start = head // sizes[WEIGHT_REPEAT] * area
-            for i in range(area):
-                d_head_weight[i] = 0
-            for n in range(unit[FIRST_SEQUENCE], unit[LAST_SEQUENCE]):
-                batch, start, length = sequences[n, BATCH_INDEX], sequences[n, START], sequences[n, LENGTH]
+        q = scratch
+        k = offset(q, chunk * rows)
+        v = offset(k, chunk * rows)
+        f = offset(v, chunk * width)
+        dy = offset(f, chunk)
+        states = offset(dy, chunk * width)
+        updates = offset(states, (chunk + 1) * size)
+        dq = offset(updates, chunk * size)
+        dk = offset(dq, chunk * rows)
+        dv = offset(dk, chunk * rows)
+        df = offset(dv, chunk * width)
+        carry = offset(df, chunk)
+        d_head_weight = offset(carry, size)
+        sums = offset(d_head_weight, area)
+        for head in range(unit[layout.FIRST_HEAD], unit[layout.LAST_HEAD]):
+            weight = offset(weights, head // sizes[layout.WEIGHT_REPEAT] * area)
+            transposed = offset(transposed_weights, head // sizes[layout.WEIGHT_REPEAT] * area)
+            for i in range(0, area, lanes):
+                store(d_head_weight, i, zeros_like(carry))
+            for n in range(unit[layout.FIRST_SEQUENCE], unit[layout.LAST_SEQUENCE]):
+                sequence = offset(sequences, n * layout.SEQUENCE_COLUMNS)
+                batch, start, length = sequence[layout.BATCH_INDEX], sequence[layout.START], sequence[layout.LENGTH]
                 _load_state(carry, d_final, _state_offset(sizes, n, head, unit), unit, sizes)
                 for number in range((length - 1) // chunk, -1, -1):
                     first = number * chunk
                     steps = chunk if first + chunk <= length else length - first
                     at = start + first
-                    _stage(q, tensors[Q], unit, batch, at, steps, head)
-                    _stage(k, tensors[K], unit, batch, at, steps, head)
-                    _stage(v, tensors[V], unit, batch, at, steps, head)
-                    _stage(f, tensors[F], unit, batch, at, steps, head)
-                    _stage(dy, tensors[Y], unit, batch, at, steps, head)
+                    _stage(q, _row(tensors, layout.Q), unit, batch, at, steps, head)
+                    _stage(k, _row(tensors, layout.K), unit, batch, at, steps, head)
+                    _stage(v, _row(tensors, layout.V), unit, batch, at, steps, head)
+                    _stage(f, _row(tensors, layout.F), unit, batch, at, steps, head)
+                    _stage(dy, _row(tensors, layout.Y), unit, batch, at, steps, head)
                     if number > 0:
-                        index = sequences[n, FIRST_SAVED] + number - 1
+                        index = sequence[layout.FIRST_SAVED] + number - 1
                         _load_state(states, saved, _state_offset(sizes, index, head, unit), unit, sizes)
                     else:
                         _load_state(states, initial, _state_offset(sizes, n, head, unit), unit, sizes)
 
                     for t in range(steps):
-                        _pre_activation(
-                            updates, states, t * size, weight, weight_start, k, t * rows, v, t * width,
-                            rows, columns, width,
-                        )  # fmt: skip
                         keep = element(f, t)
-                        for i in range(t * size, t * size + count * width, lanes):
-                            z = tanh(load(updates, i))
-                            store(updates, i, z)
-                            store(states, i + size, fma(keep, load(states, i), (1 - keep) * z))
-                        for i in range(t * size + count * width, (t + 1) * size, lanes):  # padding: 0 · inf is not 0
-                            store(updates, i, zeros_like(updates))
-                            store(states, i + size, zeros_like(states))
+                        for block in range(0, rows, ROWS):
+                            h = offset(states, t * size + block * width)
+                            z = offset(updates, t * size + block * width)
+                            _pre_activation(
+                                z, h, weight, offset(k, t * rows + block), offset(v, t * width), columns, width
+                            )
+                            whole = min(ROWS, count - block) * width
+                            for i in range(0, whole, lanes):
+                                z_i = tanh(load(z, i))
+                                store(z, i, z_i)
+                                store(h, i + size, fma(keep, load(h, i), (1 - keep) * z_i))
+                            for i in range(whole, ROWS * width, lanes):  # padding: 0 · inf is not 0
+                                store(z, i, zeros_like(z))
+                                store(h, i + size, zeros_like(h))
 
                     for t in range(steps - 1, -1, -1):
                         keep = element(f, t)
                         df_p = zeros_like(df)
+                        dy_t, v_t, dv_t = offset(dy, t * width), offset(v, t * width), offset(dv, t * width)
                         for p in range(0, width, lanes):
-                            store(dv, t * width + p, zeros_like(dv))
-                        for r in range(count):
-                            q_r, k_r = element(q, t * rows + r), element(k, t * rows + r)
-                            dq_p, dk_p = zeros_like(dq), zeros_like(dk)
+                            store(dv_t, p, zeros_like(dv))
+                        for block in range(0, rows, ROWS):
+                            h = offset(states, t * size + block * width)
+                            z = offset(updates, t * size + block * width)
+                            c = offset(carry, block * width)
+                            for r in range(min(ROWS, count - block)):
+                                q_r, k_r = element(q, t * rows + block + r), element(k, t * rows + block + r)
+                                dq_p, dk_p = zeros_like(dq), zeros_like(dk)
+                                for p in range(0, width, lanes):
+                                    i = r * width + p
+                                    z_p, dy_p = load(z, i), load(dy_t, p)
+                                    g = fma(q_r, dy_p, simd.clamp(load(c, i), clip))
+                                    dx = (1 - keep) * g
+                                    dx = fnma(z_p * z_p, dx, dx)
+                                    dq_p = fma(load(h, i + size), dy_p, dq_p)
+                                    dk_p = fma(dx, load(v_t, p), dk_p)
+                                    df_p = fma(g, load(h, i) - z_p, df_p)
+                                    store(dv_t, p, fma(k_r, dx, load(dv_t, p)))
+                                    store(z, i, dx)
+                                    store(c, i, keep * g)
+                                store(sums, r * lanes, dq_p)
+                                store(sums, (ROWS + r) * lanes, dk_p)
+                            _put_row_totals(dq, t * rows + block, sums)
+                            _put_row_totals(dk, t * rows + block, offset(sums, ROWS * lanes))
                             for p in range(0, width, lanes):
-                                i, j = r * width + p, t * width + p
-                                z, h, dy_p = (
-                                    load(updates, t * size + i),
-                                    load(states, t * size + i),
-                                    load(dy, j),
-                                )
-                                g = fma(q_r, dy_p, simd.clamp(load(carry, i), clip))
-                                dx = (1 - keep) * g * (1 - z * z)
-                                dq_p = fma(load(states, (t + 1) * size + i), dy_p, dq_p)
-                                dk_p = fma(dx, load(v, j), dk_p)
-                                df_p = fma(g, h - z, df_p)
-                                store(dv, j, fma(k_r, dx, load(dv, j)))
-                                store(updates, t * size + i, dx)
-                                store(carry, i, keep * g)
-                            put(dq, t * rows + r, total(dq_p))
-                            put(dk, t * rows + r, total(dk_p))
-                        df[t] = total(df_p)
-                        for r in range(0, rows, ROWS):
-                            for p in range(0, width, lanes):
-                                i = r * width + p
                                 c0, c1, c2, c3 = _product(
-                                    updates, t * size + r * width, width, 1,
-                                    transposed, weight_start + p, width, columns,
-                                    load(carry, i), load(carry, i + width),
-                                    load(carry, i + 2 * width), load(carry, i + 3 * width),
+                                    z, 0, width, 1, transposed, p, width, columns,
+                                    load(c, p), load(c, p + width), load(c, p + 2 * width), load(c, p + 3 * width),
                                 )  # fmt: skip
-                                _store_rows(carry, i, width, c0, c1, c2, c3)
+                                _store_rows(c, p, width, c0, c1, c2, c3)
+                        put(df, t, total(df_p))
 
                     for i in range(0, width, ROWS):  # dW += Σ H_{t-1}ᵀ dX, a chunk's sum on its own: less rounding
                         for p in range(0, width, lanes):
@@ -422,18 +366,34 @@ def backward(
                                 load(d_head_weight, j + 2 * width) + w2, load(d_head_weight, j + 3 * width) + w3,
                             )  # fmt: skip
 
-                    _unstage(dq, tensors[DQ], unit, batch, at, steps, head)
-                    _unstage(dk, tensors[DK], unit, batch, at, steps, head)
-                    _unstage(dv, tensors[DV], unit, batch, at, steps, head)
-                    _unstage(df, tensors[DF], unit, batch, at, steps, head)
+                    _unstage(dq, _row(tensors, layout.DQ), unit, batch, at, steps, head)
+                    _unstage(dk, _row(tensors, layout.DK), unit, batch, at, steps, head)
+                    _unstage(dv, _row(tensors, layout.DV), unit, batch, at, steps, head)
+                    _unstage(df, _row(tensors, layout.DF), unit, batch, at, steps, head)
                 _save_state(d_initial, _state_offset(sizes, n, head, unit), carry, unit, sizes)
-            offset = ((first_unit + u) * (unit[LAST_HEAD] - unit[FIRST_HEAD]) + head - unit[FIRST_HEAD]) * area
-            for i in range(area):
-                d_weight[offset + i] = d_head_weight[i]
+            place = (u * (unit[layout.LAST_HEAD] - unit[layout.FIRST_HEAD]) + head - unit[layout.FIRST_HEAD]) * area
+            for i in range(0, area, lanes):
+                store(d_weights, place + i, load(d_head_weight, i))
 
 
-@_jit
-def apply_tanh(x, out):
+def apply_tanh(x, out, size):
     """tanh of x, whose size is a multiple of the vector's lanes."""
-    for i in range(0, x.size, VECTOR_BYTES // x.itemsize):
+    for i in range(0, size, lanes_of(x)):
         store(out, i, tanh(load(x, i)))
+
+
+def compile_kernel(name: str, bits: int) -> tuple[str, str]:
+    """LLVM's code of one of the functions above for a state of float32 or float64, and the function's name in it.
+
+    The function has numba's own calling convention: see ``cpu_code.py``.
+    """
+    kinds = {
+        "n": types.int64,
+        "t": types.CPointer(types.int64),
+        "x": types.CPointer(types.float32 if bits == 32 else types.float64),
+        "d": types.float64,
+    }
+    arguments = tuple(kinds[kind] for kind in layout.ARGUMENTS[name])
+    kernel = njit(nogil=True, error_model="numpy")(globals()[name])
+    kernel.compile(arguments)
+    return kernel.inspect_llvm(arguments), kernel.overloads[arguments].fndesc.llvm_func_name

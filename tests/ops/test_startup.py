@@ -81,8 +81,8 @@ assert any("cache" in str(w.message) for w in caught), [str(w.message) for w in 
 
 
 @needs_cpu
-def test_warm_start_compiles_nothing_and_imports_no_compiler() -> None:
-    """The next process loads its kernels from the cache, and never needs torch's own compiler."""
+def test_warm_start_imports_no_compiler() -> None:
+    """The next process loads its kernels from the cache: it needs neither numba nor torch's own compiler."""
     run = """
 for x in inputs:
     x.requires_grad_()
@@ -90,13 +90,20 @@ y, _ = m2rnn_scan(*inputs, backend="cpu")
 y.sum().backward()
 """
     _child(run)
-    _child(
-        run
-        + """
-from m2rnn.ops import cpu_kernels
-for kernel in (cpu_kernels.forward, cpu_kernels.backward):
-    assert sum(kernel.stats.cache_hits.values()) == 1, kernel.stats
-    assert not kernel.stats.cache_misses, kernel.stats
-assert "torch._dynamo" not in sys.modules, "a second and more, spent on importing torch._dynamo"
-"""
-    )
+    _child(run + 'compilers = {"numba", "torch._dynamo"} & set(sys.modules)\nassert not compilers, compilers')
+
+
+@needs_cpu
+@pytest.mark.parametrize("damage", ["cut short", "other bytes", "empty"])
+def test_damaged_cache_file_is_not_loaded(damage: str, tmp_path: Path) -> None:
+    from m2rnn.ops import cpu_code  # which needs numba's LLVM
+
+    code = bytes(range(256)) * 8
+    path = tmp_path / "folder" / "kernel.o"
+    assert cpu_code._read(path) is None
+    cpu_code._write(path, code)
+    assert cpu_code._read(path) == code
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes({"cut short": content[:700], "other bytes": content, "empty": b""}[damage])
+    assert cpu_code._read(path) is None

@@ -1,0 +1,37 @@
+"""The tables through which ``cpu.py`` tells the compiled kernels what to do: all that both sides must agree on."""
+
+VECTOR_BYTES = 64
+ROWS = 4  # state rows that one block of accumulators covers; rows are padded to a multiple of it
+
+# Codes of the dtypes of tensors
+FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = range(4)
+
+# Columns of ``tensors``, all integers: the address of element 0, the dtype's code, strides in elements, how many heads
+# share one of the tensor's, whether the channels are the state's rows (else: how many there are, and padded), and for
+# outputs whether to add to what is there and how partial sums are numbered (see ``_unstage``).
+(
+    ADDRESS, DTYPE, SLOT, BATCH, TIME, HEAD, CHANNEL, REPEAT, BY_ROW, CHANNELS, PADDED, ADD, HEAD_SLOTS, ROW_SLOTS,
+) = range(TENSOR_COLUMNS := 14)  # fmt: skip
+# Rows of ``tensors``. The forward pass uses the first five; in the backward pass Y is the gradient of y.
+Q, K, V, F, Y, DQ, DK, DV, DF = range(9)
+# Columns of ``units``: ranges [first, last), and the unit's place among those that split rows and heads
+(
+    FIRST_SEQUENCE, LAST_SEQUENCE, FIRST_HEAD, LAST_HEAD, FIRST_ROW, LAST_ROW, ROW_BLOCK, HEAD_GROUP,
+) = range(UNIT_COLUMNS := 8)  # fmt: skip
+# Columns of ``sequences``: where a sequence lies, and the number of its first saved state
+BATCH_INDEX, START, LENGTH, FIRST_SAVED = range(SEQUENCE_COLUMNS := 4)
+# Entries of ``sizes``
+HEADS, KEY_DIM, VALUE_DIM, WIDTH, CHUNK, WEIGHT_REPEAT = range(6)
+
+# Arguments of the kernels: n an integer, t a table of integers, x an array in the state's dtype (its address; 0 for
+# none), d a double
+ARGUMENTS = {"forward": "nnttttxxxxx", "backward": "nnttttxxxxxxxxd", "apply_tanh": "xxn"}
+
+
+def scratch_size(chunk: int, rows: int, width: int, backward: bool) -> int:
+    """Elements of a thread's scratch memory, whose parts the kernels lay out; rows and width are padded."""
+    state, staged = rows * width, chunk * (2 * rows + 2 * width + 1)
+    if not backward:
+        return staged + state + ROWS * width
+    sums = 2 * ROWS * VECTOR_BYTES // 4
+    return staged + (2 * chunk + 1) * state + chunk * (2 * rows + width + 1) + state + width * width + sums
