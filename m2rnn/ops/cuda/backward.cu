@@ -7,9 +7,6 @@
 // Only every second state of a chunk is kept in shared memory: Z has to be computed again from it anyway, and the next
 // state comes with it.
 
-#define V_ROW (V + 4)     // padded, so that the lanes of a warp meet different banks
-#define K_ROW (ROWS + 4)
-
 struct Backward {
     Strided q, k, v, f, dy;
     const float* weight;   // [heads / weight_repeat, V, V]
@@ -31,29 +28,36 @@ struct alignas(4 * AREGS) Registers {
     u32 value[AREGS];
 };
 
+// What one warp keeps of 8 steps: the state before every second step and, once the steps are done, their gradients.
+union Kept {
+    Registers states[4][TILES][PARTS * KS][32];
+    struct {  // rows are padded, so that the lanes of a warp meet different banks
+        float dq[8][16 * TILES + 4];
+        float dk[8][16 * TILES + 4];
+        float dv[8][V + 4];  // the warp's rows' share
+        float df[8];
+    } gradients;
+};
+
 struct BackwardShared {
-    Registers states[CHUNK / 2][SLOTS][WARPS][PARTS * KS][32];
+    Kept kept[CHUNK / 8][SLOTS][WARPS];
     char q[tile_bytes<CHUNK, ROWS>()];
     char k[tile_bytes<CHUNK, ROWS>()];
     char v[SLOTS][tile_bytes<CHUNK, V>()];
     char dy[SLOTS][tile_bytes<CHUNK, V>()];
     float f[SLOTS][CHUNK];
-    float dq[2][SLOTS][8][K_ROW];
-    float dk[2][SLOTS][8][K_ROW];
-    float dv[2][SLOTS][WARPS][8][V_ROW];
-    float df[2][SLOTS][WARPS][8];
 };
 
 struct Gradients {
-    float carry[NT][4];        // c
-    float weight[KS][NT][4];   // dW, this warp's rows' share
-    float q[4], k[4];          // 16 rows × 8 steps
-    float v[KS][4];            // V × 8 steps, this warp's rows' share
-    float f[8];                // this lane's share
+    float carry[TILES][NT][4];       // c
+    float weight[KS][NT][4];         // dW, this warp's rows' share
+    float q[TILES][4], k[TILES][4];  // 16 rows × 8 steps
+    float v[KS][4];                  // V × 8 steps, this warp's rows' share
+    float f[8];                      // this lane's share
 };
 
 struct Octet {  // 8 steps of the inputs, as operands
-    RowSteps keys_outer, queries_outer, keys;
+    RowSteps keys_outer[TILES], queries_outer[TILES], keys[TILES];
     ColumnSteps values_outer, dys_outer, values, dys;
     float f[8];
 };
@@ -76,38 +80,48 @@ __device__ __forceinline__ void unpack(float (&h)[NT][4], const Packed& packed) 
         }
 }
 
-// One step back. h and packed are the state before the step, z its update, next the state after it.
+__device__ __forceinline__ void add(float4& sum, const float4 x) { sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w; }
+
+// Four neighbours, as float32 or in the inputs' dtype; the index is a multiple of 4.
+__device__ __forceinline__ void store_quad(void* data, i64 index, const float4 x, bool as_float) {
+    if (as_float || INPUT == 2) {
+        *(float4*)((float*)data + index) = x;
+    } else {
+        store_pair(data, index, x.x, x.y);
+        store_pair(data, index + 2, x.z, x.w);
+    }
+}
+
+// One step back of tile m. h and packed are the state before the step, z its update, next the state after it.
 __device__ __forceinline__ void step_back(
-    Gradients& d, const Octet& in, int step, const float (&h)[NT][4], const Packed& packed, const float (&z)[NT][4],
-    const Packed& next, const Matrix& transposed_weight, float clip, int lane
+    Gradients& d, const Octet& in, int step, int m, const float (&h)[NT][4], const Packed& packed,
+    const float (&z)[NT][4], const Packed& next, const Matrix& transposed_weight, float clip, int lane
 ) {
     const float f = in.f[step], g = 1.f - f;
+    float(&carry)[NT][4] = d.carry[m];
 #if CLIP
-#pragma unroll
-    for (int n = 0; n < NT; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) d.carry[n][i] = clamp(d.carry[n][i], clip);
+    clamp(carry, clip);
 #endif
-    add_outer(d.carry, in.queries_outer, in.dys_outer, contracted_mask(step, lane));  // now G
+    add_outer(carry, in.queries_outer[m], in.dys_outer, contracted_mask(step, lane));  // now G
     float dx[NT][4], df[2] = {};
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const float grad = d.carry[n][i], gz = g * z[n][i];
+            const float grad = carry[n][i], gz = g * z[n][i];
             df[i % 2] = fmaf(grad, h[n][i] - z[n][i], df[i % 2]);
             dx[n][i] = grad * fmaf(-gz, z[n][i], g);
-            d.carry[n][i] = f * grad;
+            carry[n][i] = f * grad;
         }
-    d.f[step] = df[0] + df[1];
+    d.f[step] += df[0] + df[1];
     Packed dx_packed;
     pack(dx_packed, dx);
-    multiply(d.carry, dx_packed, transposed_weight);
-    add_product(d.k, dx_packed, in.values, column_mask(step, lane));
-    add_product(d.q, next, in.dys, column_mask(step, lane));
+    multiply(carry, dx_packed, transposed_weight);
+    add_product(d.k[m], dx_packed, in.values, column_mask(step, lane));
+    add_product(d.q[m], next, in.dys, column_mask(step, lane));
     Transposed dx_transposed, state_transposed;
     transpose(dx_transposed, dx_packed);
-    add_transposed_product(d.v, dx_transposed, in.keys, column_mask(step, lane));
+    add_transposed_product(d.v, dx_transposed, in.keys[m], column_mask(step, lane));
     transpose(state_transposed, packed);
 #pragma unroll
     for (int k = 0; k < KS; k++)
@@ -137,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) m2rnn_backward
     extern __shared__ __align__(16) char memory[];
     BackwardShared& shared = *(BackwardShared*)memory;
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32 % WARPS, slot = thread / 32 / WARPS;
-    const int slot_thread = thread % (32 * WARPS), row = 16 * warp;
+    const int slot_thread = thread % (32 * WARPS), row = 16 * TILES * warp;
     const u32 groups = p.heads / SLOTS;
     const int first_head = blockIdx.x % groups * SLOTS, head = first_head + slot;
 
@@ -148,10 +162,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) m2rnn_backward
 #pragma unroll
     for (int k = 0; k < KS; k++) clear(d.weight[k]);
 
+    // dq and dk are final where a block has all heads of their source, else partial sums over its heads
+    const i64 window = p.window_end - p.window_begin, batches = p.offsets ? 1 : p.sequences;
+    const bool q_final = p.q.repeat == SLOTS, k_final = p.k.repeat == SLOTS;
+    const int q_row = p.heads / p.q.repeat * p.key_stride, k_row = p.heads / p.k.repeat * p.key_stride;
     const int q_head = first_head / p.q.repeat, q_group = first_head % p.q.repeat / SLOTS;
     const int k_head = first_head / p.k.repeat, k_group = first_head % p.k.repeat / SLOTS;
-    const int q_heads = p.heads / p.q.repeat, k_heads = p.heads / p.k.repeat;
-    const i64 window = p.window_end - p.window_begin, batches = p.offsets ? 1 : p.sequences;
 
     for (int sequence = blockIdx.x / groups; sequence < p.sequences; sequence += p.lanes) {
         const i64 batch = p.offsets ? 0 : sequence;
@@ -166,67 +182,88 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) m2rnn_backward
         const input_t* dy = (const input_t*)p.dy.data + batch * p.dy.batch + head * p.dy.head;
         const i64 f_offset = batch * p.f.batch + head / p.f.repeat * p.f.head;
         const i64 state_offset = ((i64)sequence * p.heads + head) * p.key_dim * V;
-        load_state(d.carry, p.carry + state_offset, row, p.key_dim, lane);
+        const i64 q_offset = (q_final ? batch * p.steps : (q_group * batches + batch) * window - p.window_begin) * q_row + q_head * p.key_stride;
+        const i64 k_offset = (k_final ? batch * p.steps : (k_group * batches + batch) * window - p.window_begin) * k_row + k_head * p.key_stride;
+        const i64 head_offset = batch * p.steps * p.heads + head;
+#pragma unroll
+        for (int m = 0; m < TILES; m++) load_state(d.carry[m], p.carry + state_offset, row + 16 * m, p.key_dim, lane);
 
-        for (i64 first = last_step / CHUNK * CHUNK; first + CHUNK > first_step; first -= CHUNK) {
-            __syncthreads();
+        float h[TILES][NT][4];  // the state at the start of the chunk whose inputs are on their way
+        auto stage_chunk = [&](i64 first) {
             stage<CHUNK, ROWS, THREADS>(shared.q, q + first * p.q.time, p.q.time, first, begin, end, p.key_dim, thread);
             stage<CHUNK, ROWS, THREADS>(shared.k, k + first * p.k.time, p.k.time, first, begin, end, p.key_dim, thread);
             stage<CHUNK, V, 32 * WARPS>(shared.v[slot], v + first * p.v.time, p.v.time, first, begin, end, V, slot_thread);
             stage<CHUNK, V, 32 * WARPS>(shared.dy[slot], dy + first * p.dy.time, p.dy.time, first, begin, end, V, slot_thread);
             copies_issued();
-            for (int i = slot_thread; i < CHUNK; i += 32 * WARPS) {
-                const bool valid = first + i >= begin && first + i < end;
-                shared.f[slot][i] = valid ? load_as_float(p.f.data, f_offset + (first + i) * p.f.time, GATE) : 1.f;
-            }
-            float h[NT][4];
-            if (first > begin) {
-                const i64 index = batch * ((p.steps - 1) / CHUNK) + first / CHUNK - 1;
-                load_saved(h, p.saved + (index * p.heads + head) * p.key_dim * V, row, p.key_dim, lane);
-            } else {
-                load_state(h, p.initial ? p.initial + state_offset : nullptr, row, p.key_dim, lane);
-            }
+            const i64 index = batch * ((p.steps - 1) / CHUNK) + first / CHUNK - 1;
+#pragma unroll
+            for (int m = 0; m < TILES; m++)
+                if (first > begin)
+                    load_saved(h[m], p.saved + (index * p.heads + head) * p.key_dim * V, row + 16 * m, p.key_dim, lane);
+                else
+                    load_state(h[m], p.initial ? p.initial + state_offset : nullptr, row + 16 * m, p.key_dim, lane);
+            // f = 1 outside of the sequence leaves the carry as it is
+            for (int i = slot_thread; i < CHUNK; i += 32 * WARPS)
+                shared.f[slot][i] = first + i >= begin && first + i < end
+                                        ? load_as_float(p.f.data, f_offset + (first + i) * p.f.time, GATE) : 1.f;
+        };
+
+        const i64 last_chunk = last_step / CHUNK * CHUNK;
+        __syncthreads();  // the sequence before this one is done with the shared memory
+        stage_chunk(last_chunk);
+        for (i64 first = last_chunk; first + CHUNK > first_step; first -= CHUNK) {
+            const int low = (int)(begin > first ? begin - first : 0);  // the chunk's steps in the sequence: [low, high)
+            const int high = (int)(end - first < CHUNK ? end - first : CHUNK);
             copies_done();
             __syncthreads();
+            Packed packed[TILES];
+#pragma unroll
+            for (int m = 0; m < TILES; m++) pack(packed[m], h[m]);
 
             const u32 q_tile = shared_address(shared.q), k_tile = shared_address(shared.k);
             const u32 v_tile = shared_address(shared.v[slot]), dy_tile = shared_address(shared.dy[slot]);
-            Packed packed;
-            pack(packed, h);
 #pragma unroll 1
             for (int octet = 0; octet < CHUNK; octet += 8) {
-                if (first + octet + 8 <= begin || first + octet >= end) continue;
-                RowSteps keys;
+                if (octet + 8 <= low || octet >= high) continue;
+                RowSteps keys[TILES];
                 ColumnSteps values;
-                load_rows<CHUNK>(keys, k_tile, octet, row, true, lane);
+#pragma unroll
+                for (int m = 0; m < TILES; m++) load_rows<CHUNK>(keys[m], k_tile, octet, row + 16 * m, true, lane);
                 load_columns<CHUNK>(values, v_tile, octet, true, lane);
 #pragma unroll
-                for (int step = 0; step < 8; step++) {
-                    if (step % 2 == 0)
+                for (int step = 0; step < 8; step++)
 #pragma unroll
-                        for (int i = 0; i < PARTS * KS; i++) {
-                            Registers registers;
+                    for (int m = 0; m < TILES; m++) {
+                        if (step % 2 == 0)
 #pragma unroll
-                            for (int r = 0; r < AREGS; r++) registers.value[r] = packed.part[i / KS][i % KS][r];
-                            shared.states[(octet + step) / 2][slot][warp][i][lane] = registers;
-                        }
-                    float z[NT][4];
-                    clear(z);
-                    add_outer(z, keys, values, contracted_mask(step, lane));
-                    update(z, packed, weight);
-                    blend(h, z, shared.f[slot][octet + step]);
-                    pack(packed, h);
-                }
+                            for (int i = 0; i < PARTS * KS; i++) {
+                                Registers registers;
+#pragma unroll
+                                for (int r = 0; r < AREGS; r++) registers.value[r] = packed[m].part[i / KS][i % KS][r];
+                                shared.kept[octet / 8][slot][warp].states[step / 2][m][i][lane] = registers;
+                            }
+                        float z[NT][4];
+                        clear(z);
+                        add_outer(z, keys[m], values, contracted_mask(step, lane));
+                        update(z, packed[m], weight);
+                        blend(h[m], z, shared.f[slot][octet + step]);
+                        pack(packed[m], h[m]);
+                    }
             }
 
-            Packed next = packed;
+            Packed next[TILES];
+#pragma unroll
+            for (int m = 0; m < TILES; m++) next[m] = packed[m];
 #pragma unroll 1
             for (int octet = CHUNK - 8; octet >= 0; octet -= 8) {
-                if (first + octet + 8 <= begin || first + octet >= end) continue;
+                if (octet + 8 <= low || octet >= high) continue;
                 Octet in;
-                load_rows<CHUNK>(in.keys_outer, k_tile, octet, row, true, lane);
-                load_rows<CHUNK>(in.queries_outer, q_tile, octet, row, true, lane);
-                load_rows<CHUNK>(in.keys, k_tile, octet, row, false, lane);
+#pragma unroll
+                for (int m = 0; m < TILES; m++) {
+                    load_rows<CHUNK>(in.keys_outer[m], k_tile, octet, row + 16 * m, true, lane);
+                    load_rows<CHUNK>(in.queries_outer[m], q_tile, octet, row + 16 * m, true, lane);
+                    load_rows<CHUNK>(in.keys[m], k_tile, octet, row + 16 * m, false, lane);
+                }
                 load_columns<CHUNK>(in.values_outer, v_tile, octet, true, lane);
                 load_columns<CHUNK>(in.dys_outer, dy_tile, octet, true, lane);
                 load_columns<CHUNK>(in.values, v_tile, octet, false, lane);
@@ -234,109 +271,107 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) m2rnn_backward
                 *(float4*)in.f = *(const float4*)&shared.f[slot][octet];
                 *(float4*)(in.f + 4) = *(const float4*)&shared.f[slot][octet + 4];
 #pragma unroll
-                for (int i = 0; i < 4; i++) d.q[i] = d.k[i] = 0.f;
+                for (int i = 0; i < 8; i++) d.f[i] = 0.f;
 #pragma unroll
-                for (int k = 0; k < KS; k++)
+                for (int i = 0; i < 4; i++) {
 #pragma unroll
-                    for (int i = 0; i < 4; i++) d.v[k][i] = 0.f;
-
+                    for (int m = 0; m < TILES; m++) d.q[m][i] = d.k[m][i] = 0.f;
 #pragma unroll
-                for (int step = 6; step >= 0; step -= 2) {
-                    Packed before, between;
-#pragma unroll
-                    for (int i = 0; i < PARTS * KS; i++) {
-                        const Registers registers = shared.states[(octet + step) / 2][slot][warp][i][lane];
-#pragma unroll
-                        for (int r = 0; r < AREGS; r++) before.part[i / KS][i % KS][r] = registers.value[r];
-                    }
-                    float h0[NT][4], h1[NT][4], z0[NT][4], z1[NT][4];
-                    unpack(h0, before);
-                    clear(z0);
-                    add_outer(z0, in.keys_outer, in.values_outer, contracted_mask(step, lane));
-                    update(z0, before, weight);
-#pragma unroll
-                    for (int n = 0; n < NT; n++)
-#pragma unroll
-                        for (int i = 0; i < 4; i++) h1[n][i] = h0[n][i];
-                    blend(h1, z0, in.f[step]);
-                    pack(between, h1);
-                    clear(z1);
-                    add_outer(z1, in.keys_outer, in.values_outer, contracted_mask(step + 1, lane));
-                    update(z1, between, weight);
-                    // Steps before the sequence leave the carry as it is: not clamped either
-                    const float infinity = __uint_as_float(0x7f800000u);
-                    const float clip1 = first + octet + step + 1 >= begin ? p.clip : infinity;
-                    const float clip0 = first + octet + step >= begin ? p.clip : infinity;
-                    step_back(d, in, step + 1, h1, between, z1, next, transposed_weight, clip1, lane);
-                    step_back(d, in, step, h0, before, z0, between, transposed_weight, clip0, lane);
-                    next = before;
+                    for (int k = 0; k < KS; k++) d.v[k][i] = 0.f;
                 }
 
-                const int buffer = octet / 8 % 2;
+#pragma unroll
+                for (int step = 6; step >= 0; step -= 2)
+#pragma unroll
+                    for (int m = 0; m < TILES; m++) {
+                        Packed before, between;
+#pragma unroll
+                        for (int i = 0; i < PARTS * KS; i++) {
+                            const Registers registers = shared.kept[octet / 8][slot][warp].states[step / 2][m][i][lane];
+#pragma unroll
+                            for (int r = 0; r < AREGS; r++) before.part[i / KS][i % KS][r] = registers.value[r];
+                        }
+                        float h0[NT][4], h1[NT][4], z0[NT][4], z1[NT][4];
+                        unpack(h0, before);
+                        clear(z0);
+                        add_outer(z0, in.keys_outer[m], in.values_outer, contracted_mask(step, lane));
+                        update(z0, before, weight);
+#pragma unroll
+                        for (int n = 0; n < NT; n++)
+#pragma unroll
+                            for (int i = 0; i < 4; i++) h1[n][i] = h0[n][i];
+                        blend(h1, z0, in.f[step]);
+                        pack(between, h1);
+                        clear(z1);
+                        add_outer(z1, in.keys_outer[m], in.values_outer, contracted_mask(step + 1, lane));
+                        update(z1, between, weight);
+                        // Steps before the sequence leave the carry as it is: not clamped either
+                        const float infinity = __uint_as_float(0x7f800000u);
+                        const float clip1 = octet + step + 1 >= low ? p.clip : infinity;
+                        const float clip0 = octet + step >= low ? p.clip : infinity;
+                        step_back(d, in, step + 1, m, h1, between, z1, next[m], transposed_weight, clip1, lane);
+                        step_back(d, in, step, m, h0, before, z0, between, transposed_weight, clip0, lane);
+                        next[m] = before;
+                    }
+
+                __syncwarp();  // every lane has read its states
+                auto& out = shared.kept[octet / 8][slot][warp].gradients;
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const int step = 2 * (lane % 4) + i % 2, offset = lane / 4 + i / 2 * 8;
-                    shared.dq[buffer][slot][step][row + offset] = d.q[i];
-                    shared.dk[buffer][slot][step][row + offset] = d.k[i];
+#pragma unroll
+                    for (int m = 0; m < TILES; m++) {
+                        out.dq[step][16 * m + offset] = d.q[m][i];
+                        out.dk[step][16 * m + offset] = d.k[m][i];
+                    }
 #pragma unroll
                     for (int k = 0; k < KS; k++)
-                        if (16 * k + offset < V) shared.dv[buffer][slot][warp][step][16 * k + offset] = d.v[k][i];
+                        if (16 * k + offset < V) out.dv[step][16 * k + offset] = d.v[k][i];
                 }
                 const float df = sum_lanes(d.f, lane);
-                if (lane < 8) shared.df[buffer][slot][warp][lane] = df;
-                __syncthreads();
+                if (lane < 8) out.df[lane] = df;
+            }
+            __syncthreads();
+            if (first > first_step) stage_chunk(first - CHUNK);
 
-                for (int i = thread; i < 8 * ROWS / 2; i += THREADS) {
-                    const int step = i / (ROWS / 2), channel = i % (ROWS / 2) * 2;
-                    const i64 time = first + octet + step;
-                    if (time < begin || time >= end || channel >= p.key_dim) continue;
-                    float2 dq = make_float2(0.f, 0.f), dk = dq;
 #pragma unroll
-                    for (int s = 0; s < SLOTS; s++) {
-                        const float2 q_part = *(const float2*)&shared.dq[buffer][s][step][channel];
-                        const float2 k_part = *(const float2*)&shared.dk[buffer][s][step][channel];
-                        dq.x += q_part.x, dq.y += q_part.y;
-                        dk.x += k_part.x, dk.y += k_part.y;
-                    }
-                    if (p.q.repeat == SLOTS)
-                        store_pair(p.dq, ((batch * p.steps + time) * q_heads + q_head) * p.key_stride + channel, dq.x, dq.y);
-                    else
-                        *(float2*)((float*)p.dq + (((q_group * batches + batch) * window + time - p.window_begin) * q_heads + q_head) * p.key_stride + channel) = dq;
-                    if (p.k.repeat == SLOTS)
-                        store_pair(p.dk, ((batch * p.steps + time) * k_heads + k_head) * p.key_stride + channel, dk.x, dk.y);
-                    else
-                        *(float2*)((float*)p.dk + (((k_group * batches + batch) * window + time - p.window_begin) * k_heads + k_head) * p.key_stride + channel) = dk;
-                }
-                for (int i = slot_thread; i < 8 * V / 2; i += 32 * WARPS) {
-                    const int step = i / (V / 2), channel = i % (V / 2) * 2;
-                    const i64 time = first + octet + step;
-                    if (time < begin || time >= end) continue;
-                    float2 dv = make_float2(0.f, 0.f);
+            for (int j = 0; j < (CHUNK * ROWS / 4 + THREADS - 1) / THREADS; j++) {
+                const int i = thread + j * THREADS, step = i / (ROWS / 4), channel = i % (ROWS / 4) * 4;
+                if (step < low || step >= high || channel >= p.key_dim) continue;
+                const int w = channel / (16 * TILES), column = channel % (16 * TILES);
+                float4 dq = make_float4(0.f, 0.f, 0.f, 0.f), dk = dq;
 #pragma unroll
-                    for (int w = 0; w < WARPS; w++) {
-                        const float2 part = *(const float2*)&shared.dv[buffer][slot][w][step][channel];
-                        dv.x += part.x, dv.y += part.y;
-                    }
-                    const i64 index = ((batch * p.steps + time) * p.heads + head) * V + channel;
-                    if (p.dv_float)
-                        *(float2*)((float*)p.dv + index) = dv;
-                    else
-                        store_pair(p.dv, index, dv.x, dv.y);
+                for (int s = 0; s < SLOTS; s++) {
+                    const auto& part = shared.kept[step / 8][s][w].gradients;
+                    add(dq, *(const float4*)&part.dq[step % 8][column]);
+                    add(dk, *(const float4*)&part.dk[step % 8][column]);
                 }
-                const i64 time = first + octet + slot_thread;
-                if (slot_thread < 8 && time >= begin && time < end) {
-                    float df = 0.f;
+                store_quad(p.dq, q_offset + (first + step) * q_row + channel, dq, !q_final);
+                store_quad(p.dk, k_offset + (first + step) * k_row + channel, dk, !k_final);
+            }
 #pragma unroll
-                    for (int w = 0; w < WARPS; w++) df += shared.df[buffer][slot][w][slot_thread];
-                    p.df[(batch * p.steps + time) * p.heads + head] = df;
+            for (int j = 0; j < (CHUNK * V / 4 + 32 * WARPS - 1) / (32 * WARPS); j++) {
+                const int i = slot_thread + j * 32 * WARPS, step = i / (V / 4), channel = i % (V / 4) * 4;
+                if (step < low || step >= high) continue;
+                float4 dv = make_float4(0.f, 0.f, 0.f, 0.f);
+                float df = 0.f;
+#pragma unroll
+                for (int w = 0; w < WARPS; w++) {
+                    const auto& part = shared.kept[step / 8][slot][w].gradients;
+                    add(dv, *(const float4*)&part.dv[step % 8][channel]);
+                    df += part.df[step % 8];
                 }
+                const i64 at = head_offset + (first + step) * p.heads;
+                store_quad(p.dv, at * V + channel, dv, p.dv_float);
+                if (channel == 0) p.df[at] = df;
             }
         }
-        store_state(d.carry, p.carry + state_offset, row, p.key_dim, lane);
+#pragma unroll
+        for (int m = 0; m < TILES; m++) store_state(d.carry[m], p.carry + state_offset, row + 16 * m, p.key_dim, lane);
     }
 
     // dW: each warp's rows in turn
-    float* sums = (float*)shared.states + (slot * WARPS + warp) * V * V;
+    float* sums = (float*)shared.kept + (slot * WARPS + warp) * V * V;
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < KS; k++)
@@ -348,7 +383,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) m2rnn_backward
     float* dweight = p.dweight + ((i64)(blockIdx.x / groups) * p.heads + head) * V * V;
     for (int i = slot_thread; i < V * V; i += 32 * WARPS) {
         float sum = 0.f;
-        for (int w = 0; w < WARPS; w++) sum += ((const float*)shared.states)[(slot * WARPS + w) * V * V + i];
+        for (int w = 0; w < WARPS; w++) sum += ((const float*)shared.kept)[(slot * WARPS + w) * V * V + i];
         dweight[i] += sum;
     }
 }
@@ -366,12 +401,8 @@ extern "C" __global__ void m2rnn_sum(const Sum p) {
     const i64 index = 4 * ((i64)blockIdx.x * blockDim.x + threadIdx.x), size = p.batches * p.window * p.row;
     if (index >= size) return;
     float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-    for (int group = 0; group < p.groups; group++) {
-        const float4 part = *(const float4*)(p.partial + group * size + index);
-        sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-    }
+    for (int group = 0; group < p.groups; group++) add(sum, *(const float4*)(p.partial + group * size + index));
     const i64 batch = index / (p.window * p.row), rest = index % (p.window * p.row);
     const i64 to = (batch * p.steps + p.window_begin) * p.row + rest;
-    store_pair(p.out, to, sum.x, sum.y);
-    store_pair(p.out, to + 2, sum.z, sum.w);
+    store_quad(p.out, to, sum, false);
 }

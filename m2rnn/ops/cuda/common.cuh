@@ -1,13 +1,13 @@
 // What both passes share: types, fragments of the tensor cores' operands, and the staging of inputs in shared memory.
 //
-// The macros V (value channels), WARPS (tiles of 16 state rows a head), SLOTS (heads a block), CHUNK (steps between
-// saved states), INPUT (0 bfloat16, 1 float16, 2 float32), GATE (likewise, of f) and PARTS are the launcher's. Nothing
-// is included, so that NVRTC needs no headers.
+// The macros V (value channels), TILES (of 16 state rows, a warp), WARPS (a head), SLOTS (heads a block), CHUNK (steps
+// between saved states), INPUT (0 bfloat16, 1 float16, 2 float32), GATE (likewise, of f) and PARTS are the launcher's.
+// Nothing is included, so that NVRTC needs no headers.
 //
 // A number that goes through the tensor cores is the sum of PARTS bfloat16 numbers: 1 for bfloat16 inputs, 2 for
 // float16 (16 bits), 3 for float32 (24 bits). Products of parts are exact and summed in float32.
 //
-// One warp owns 16 rows of one head's state. A lane holds, of each 8 columns, two neighbours in row `lane / 4` and two
+// A tile is 16 rows of one head's state, and one warp owns it. A lane holds, of each 8 columns, two neighbours in row `lane / 4` and two
 // in the row 8 below: the layout of a tensor-core accumulator, which packed to bfloat16 is the layout of the operand A
 // of the next step. So the state never leaves the registers.
 
@@ -19,7 +19,7 @@ typedef long long i64;
 #define KS ((V + 15) / 16)    // operand tiles of 16 columns across the state
 #define WREGS (V == 8 ? 1 : 2)
 #define AREGS (V == 8 ? 2 : 4)
-#define ROWS (16 * WARPS)     // rows of the state, padded to whole tiles
+#define ROWS (16 * TILES * WARPS)  // rows of the state, padded to whole tiles
 #define THREADS (32 * WARPS * SLOTS)
 #define PAD 8                 // after each row of a staged tile, so that ldmatrix meets no bank conflict
 
@@ -93,11 +93,21 @@ __device__ __forceinline__ float tanh_of(float x) {
 #endif
 }
 
-// max and min that keep a NaN.
-__device__ __forceinline__ float clamp(float x, float limit) {
-    asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(-limit));
-    asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(limit));
-    return x;
+// Clamps to [-limit, limit]; a NaN stays a NaN. Gradients rarely reach the limit, and to test for that is cheaper.
+__device__ __forceinline__ void clamp(float (&x)[NT][4], float limit) {
+    bool beyond = false;
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) beyond |= fabsf(x[n][i]) > limit;
+    if (__any_sync(0xffffffffu, beyond))
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                asm("max.NaN.f32 %0, %0, %1;" : "+f"(x[n][i]) : "f"(-limit));
+                asm("min.NaN.f32 %0, %0, %1;" : "+f"(x[n][i]) : "f"(limit));
+            }
 }
 
 // ---------------------------------------------------------------------------------------------- tensor cores
@@ -272,7 +282,7 @@ __device__ __forceinline__ void add_outer(float (&x)[NT][4], const RowSteps& row
 #pragma unroll
     for (int n = 0; n < NT; n++)
         FOR_PARTS(i, j)
-            mma8(x[n], rows.part[i][0] & mask, rows.part[i][1] & mask, columns.part[j][n] & mask);
+            mma8(x[n], rows.part[i][0], rows.part[i][1], columns.part[j][n] & mask);
 }
 
 // Column `step` of y (V × 8 steps) += Aᵀ r.

@@ -1,6 +1,6 @@
 // The forward pass: y, the final state and a state every CHUNK steps.
 
-#define STAGE 16  // steps in shared memory at a time, while the next are on their way
+#define STAGE 32  // steps in shared memory at a time, while the next are on their way
 #define Y_ROW (V + 4)  // padded, so that the lanes of a warp meet different banks
 
 struct Forward {
@@ -31,7 +31,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) m2rnn_forward(
     const int first_head = blockIdx.x % groups * SLOTS, head = first_head + slot;
     const i64 sequence = blockIdx.x / groups, batch = p.offsets ? 0 : sequence;
     const i64 begin = p.offsets ? p.offsets[sequence] : 0, end = p.offsets ? p.offsets[sequence + 1] : p.steps;
-    const int row = 16 * warp;
+    const int row = 16 * TILES * warp;
+    const int slot_thread = thread % (32 * WARPS);
 
     const input_t* q = (const input_t*)p.q.data + batch * p.q.batch + first_head / p.q.repeat * p.q.head;
     const input_t* k = (const input_t*)p.k.data + batch * p.k.batch + first_head / p.k.repeat * p.k.head;
@@ -39,15 +40,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) m2rnn_forward(
     const i64 f_offset = batch * p.f.batch + head / p.f.repeat * p.f.head;
 
     const i64 state_offset = (sequence * p.heads + head) * p.key_dim * V;
-    float h[NT][4];
-    load_state(h, p.initial ? p.initial + state_offset : nullptr, row, p.key_dim, lane);
+    float h[TILES][NT][4];
+    Packed packed[TILES];
+#pragma unroll
+    for (int m = 0; m < TILES; m++) {
+        load_state(h[m], p.initial ? p.initial + state_offset : nullptr, row + 16 * m, p.key_dim, lane);
+        pack(packed[m], h[m]);
+    }
     Matrix weight;
     load_matrix(weight, p.weight + head / p.weight_repeat * V * V, false, lane);
-    Packed packed;
-    pack(packed, h);
 
+    const i64 y_offset = (batch * p.steps * p.heads + head) * V;
     float next_f = 1.f;
-    const int slot_thread = thread % (32 * WARPS);
     auto stage_inputs = [&](i64 first, int buffer) {
         stage<STAGE, ROWS, THREADS>(shared.q[buffer], q + first * p.q.time, p.q.time, first, begin, end, p.key_dim, thread);
         stage<STAGE, ROWS, THREADS>(shared.k[buffer], k + first * p.k.time, p.k.time, first, begin, end, p.key_dim, thread);
@@ -74,39 +78,50 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) m2rnn_forward(
         if (first + STAGE < end) stage_inputs(first + STAGE, buffer ^ 1);
         if (p.saved && first > begin && first % CHUNK == 0) {
             const i64 index = batch * ((p.steps - 1) / CHUNK) + first / CHUNK - 1;
-            save_state(h, p.saved + (index * p.heads + head) * p.key_dim * V, row, p.key_dim, lane);
+#pragma unroll
+            for (int m = 0; m < TILES; m++)
+                save_state(h[m], p.saved + (index * p.heads + head) * p.key_dim * V, row + 16 * m, p.key_dim, lane);
         }
 #pragma unroll 1
         for (int octet = 0; octet < STAGE; octet += 8) {
             if (first + octet + 8 <= begin || first + octet >= end) continue;
-            RowSteps keys, queries;
+            RowSteps keys[TILES], queries[TILES];
             ColumnSteps values;
-            load_rows<STAGE>(keys, shared_address(shared.k[buffer]), octet, row, true, lane);
-            load_rows<STAGE>(queries, shared_address(shared.q[buffer]), octet, row, false, lane);
+#pragma unroll
+            for (int m = 0; m < TILES; m++) {
+                load_rows<STAGE>(keys[m], shared_address(shared.k[buffer]), octet, row + 16 * m, true, lane);
+                load_rows<STAGE>(queries[m], shared_address(shared.q[buffer]), octet, row + 16 * m, false, lane);
+            }
             load_columns<STAGE>(values, shared_address(shared.v[buffer][slot]), octet, true, lane);
             float gates[8];
             *(float4*)gates = *(const float4*)&shared.f[buffer][slot][octet];
             *(float4*)(gates + 4) = *(const float4*)&shared.f[buffer][slot][octet + 4];
 
             float y[KS][4] = {};
-            float z[NT][4], z_next[NT][4];
-            clear(z);
-            add_outer(z, keys, values, contracted_mask(0, lane));
+            float z[TILES][NT][4];  // k vᵀ of the next step, computed ahead, then Z
 #pragma unroll
-            for (int step = 0; step < 8; step++) {
-                clear(z_next);
-                if (step < 7) add_outer(z_next, keys, values, contracted_mask(step + 1, lane));
-                update(z, packed, weight);
-                blend(h, z, gates[step]);
-                pack(packed, h);
-                Transposed transposed;
-                transpose(transposed, packed);
-                add_transposed_product(y, transposed, queries, column_mask(step, lane));
-#pragma unroll
-                for (int n = 0; n < NT; n++)
-#pragma unroll
-                    for (int i = 0; i < 4; i++) z[n][i] = z_next[n][i];
+            for (int m = 0; m < TILES; m++) {
+                clear(z[m]);
+                add_outer(z[m], keys[m], values, contracted_mask(0, lane));
             }
+#pragma unroll
+            for (int step = 0; step < 8; step++)
+#pragma unroll
+                for (int m = 0; m < TILES; m++) {
+                    float ahead[NT][4];
+                    clear(ahead);
+                    if (step < 7) add_outer(ahead, keys[m], values, contracted_mask(step + 1, lane));
+                    update(z[m], packed[m], weight);
+                    blend(h[m], z[m], gates[step]);
+                    pack(packed[m], h[m]);
+                    Transposed transposed;
+                    transpose(transposed, packed[m]);
+                    add_transposed_product(y, transposed, queries[m], column_mask(step, lane));
+#pragma unroll
+                    for (int n = 0; n < NT; n++)
+#pragma unroll
+                        for (int i = 0; i < 4; i++) z[m][n][i] = ahead[n][i];
+                }
 #pragma unroll
             for (int tile = 0; tile < KS; tile++)
 #pragma unroll
@@ -116,8 +131,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) m2rnn_forward(
                 }
         }
         inputs_arrived(buffer ^ 1);
-        for (int i = slot_thread; i < STAGE * V / 2; i += 32 * WARPS) {
-            const int step = i / (V / 2), column = i % (V / 2) * 2;
+        const int low = (int)(begin - first), high = end - first < STAGE ? (int)(end - first) : STAGE;
+#pragma unroll
+        for (int j = 0; j < (STAGE * V / 2 + 32 * WARPS - 1) / (32 * WARPS); j++) {
+            const int i = slot_thread + j * 32 * WARPS, step = i / (V / 2), column = i % (V / 2) * 2;
+            if (step < low || step >= high) continue;
             float2 sum = make_float2(0.f, 0.f);
 #pragma unroll
             for (int w = 0; w < WARPS; w++) {
@@ -125,9 +143,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) m2rnn_forward(
                 sum.x += part.x;
                 sum.y += part.y;
             }
-            if (first + step >= begin && first + step < end)
-                store_pair(p.y, ((batch * p.steps + first + step) * p.heads + head) * V + column, sum.x, sum.y);
+            store_pair(p.y, y_offset + (first + step) * (p.heads * V) + column, sum.x, sum.y);
         }
     }
-    store_state(h, p.final + state_offset, row, p.key_dim, lane);
+#pragma unroll
+    for (int m = 0; m < TILES; m++) store_state(h[m], p.final + state_offset, row + 16 * m, p.key_dim, lane);
 }

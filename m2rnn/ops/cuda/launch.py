@@ -16,7 +16,7 @@ from m2rnn.ops.cuda.driver import Kernel
 from m2rnn.ops.shapes import head_count, output_dtype
 
 CHUNK = 32  # steps between saved states
-STAGE = 16  # steps in shared memory at a time in the forward pass, as in forward.cu
+STAGE = 32  # steps in shared memory at a time in the forward pass, as in forward.cu
 PAD = 8  # as in common.cuh
 
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # INPUT and GATE
@@ -73,6 +73,7 @@ class _Variant:
     """What the kernels are compiled for."""
 
     value_dim: int
+    tiles: int
     warps: int
     slots: int
     dtype: torch.dtype
@@ -87,7 +88,8 @@ class _Variant:
     @property
     def macros(self) -> tuple[tuple[str, int], ...]:
         return (
-            ("V", self.value_dim), ("WARPS", self.warps), ("SLOTS", self.slots), ("CHUNK", CHUNK),
+            ("V", self.value_dim), ("TILES", self.tiles), ("WARPS", self.warps), ("SLOTS", self.slots),
+            ("CHUNK", CHUNK),
             ("INPUT", _TYPES[self.dtype]), ("GATE", _TYPES[self.gate]), ("PARTS", self.parts),
             ("MIN_BLOCKS", self.min_blocks), ("CLIP", int(self.clip)),
         )  # fmt: skip
@@ -96,12 +98,16 @@ class _Variant:
     def threads(self) -> int:
         return 32 * self.warps * self.slots
 
+    @property
+    def rows(self) -> int:
+        return 16 * self.tiles * self.warps
+
     def tile_bytes(self, length: int, columns: int) -> int:
         return self.parts * length * (columns + PAD) * 2
 
     @property
     def forward_shared_bytes(self) -> int:
-        rows = 2 * self.tile_bytes(STAGE, 16 * self.warps)
+        rows = 2 * self.tile_bytes(STAGE, self.rows)
         columns = self.tile_bytes(STAGE, self.value_dim) + 4 * STAGE
         sums = self.warps * STAGE * (self.value_dim + 4) * 4
         return 2 * (rows + self.slots * (columns + sums))
@@ -109,11 +115,12 @@ class _Variant:
     @property
     def backward_shared_bytes(self) -> int:
         registers = 2 if self.value_dim == 8 else 4
-        states = CHUNK // 2 * self.warps * self.parts * -(-self.value_dim // 16) * 32 * 4 * registers
-        rows = 2 * self.tile_bytes(CHUNK, 16 * self.warps)
+        states = 4 * self.tiles * self.parts * -(-self.value_dim // 16) * 32 * 4 * registers
+        gradients = 4 * 8 * (2 * (16 * self.tiles + 4) + self.value_dim + 4 + 1)
+        alignment = 4 * registers
+        kept = -(-max(states, gradients) // alignment) * alignment
         columns = 2 * self.tile_bytes(CHUNK, self.value_dim) + 4 * CHUNK
-        gradients = 2 * 4 * 8 * (2 * (16 * self.warps + 4) + self.warps * (self.value_dim + 4 + 1))
-        return rows + self.slots * (states + columns + gradients)
+        return 2 * self.tile_bytes(CHUNK, self.rows) + self.slots * (CHUNK // 8 * self.warps * kept + columns)
 
 
 @lru_cache(maxsize=256)
@@ -144,6 +151,8 @@ def _pointer(x: Tensor | None) -> int | None:
 
 
 MIN_BLOCKS = 1
+TILES = 1
+SLOTS = 0
 
 
 def forward(
@@ -170,7 +179,8 @@ def forward(
     saved_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     count = batch * (max(steps - 1, 0) // CHUNK) if save else 0
     saved = q.new_empty(count, heads, key_dim, value_dim, dtype=saved_dtype)
-    variant = _Variant(value_dim, -(-key_dim // 16), 1, dtype, f.dtype, MIN_BLOCKS)
+    tiles = TILES
+    variant = _Variant(value_dim, tiles, -(-key_dim // (16 * tiles)), 1, dtype, f.dtype, MIN_BLOCKS)
     kernel = _kernel("forward", variant, variant.forward_shared_bytes, q.device.index)
     arguments = _Forward(
         *(_Strided.of(x, heads) for x in (q, k, v, f)),
@@ -223,8 +233,9 @@ def backward(
 
     repeats = [heads // x.shape[2] for x in (q, k)]
     sms = torch.cuda.get_device_properties(q.device).multi_processor_count
-    slots = _slots(sequences, heads, math.gcd(*repeats), -(-key_dim // 16), sms)
-    variant = _Variant(value_dim, -(-key_dim // 16), slots, dtype, f.dtype, 1, state_clip is not None)
+    tiles = TILES
+    slots = SLOTS or _slots(sequences, heads, math.gcd(*repeats), -(-key_dim // 16), sms)
+    variant = _Variant(value_dim, tiles, -(-key_dim // (16 * tiles)), slots, dtype, f.dtype, 1, state_clip is not None)
     kernel = _kernel("backward", variant, variant.backward_shared_bytes, q.device.index)
     lanes = max(1, min(sequences, DWEIGHT_BYTES // (heads * value_dim**2 * 4)))
     key_stride = -(-key_dim // 8) * 8
