@@ -12,6 +12,8 @@ from m2rnn.training.track_settings import SettingsError, TrackSettings
 DEFAULT = TrackSettings()
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory.")
+app.add_typer(bench, name="bench")
 
 
 @app.callback()
@@ -65,6 +67,7 @@ def track(
     Example: m2rnn track --compare m2rnn,gru,attention --group S3 --out runs/s3
     """
     from m2rnn.evaluation import track as tracking
+    from m2rnn.evaluation.machine import default_device
     from m2rnn.evaluation.track_report import runs_of, table
     from m2rnn.training.display import Display
 
@@ -82,7 +85,7 @@ def track(
             seed=seed,
             test_lengths=parse_lengths(test_lengths),
             test_sequences=test_sequences,
-            device=device or tracking.default_device(),
+            device=device or default_device(),
         )
         with Display(sys.stdout) as display:
             options: dict[str, Any] = {
@@ -103,6 +106,55 @@ def track(
         fail(f"interrupted; the same command resumes the run in {out}", exit_code=130)
     typer.echo(table(runs_of(results)))
     typer.echo(f"\nresults, model and plot: {out}")
+
+
+@bench.command()
+def op(
+    out: Annotated[Path, typer.Option(help="Folder of the results; what it holds is not measured again.")] = Path(
+        "runs/bench-op"
+    ),
+    shapes: Annotated[
+        str | None, typer.Option(help="Problems, e.g. B8T4096N84,B4T4096N66K64V32; K is 64 and V 16 unless given.")
+    ] = None,
+    backends: Annotated[
+        str | None, typer.Option(help="Some of cuda, triton, cpu, reference, sdpa, gated_deltanet.")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="A few seconds: one shape, few repeats, short sweeps.")] = False,
+    sweep: Annotated[bool, typer.Option(help="Also time against length and batch, and plot it.")] = True,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda if there is one.")] = None,
+) -> None:
+    """Time and memory of the recurrence: forward, forward and backward, one decode step.
+
+    Each backend beside PyTorch's causal attention and fla's Gated DeltaNet, with the least time that the device's
+    peak rates allow. Without a GPU the shapes are small ones. Writes op.csv, op.json and op-time.png into the
+    folder. Interrupted, the same command goes on; results of other hardware or versions are measured anew.
+
+    Example: m2rnn bench op --out runs/bench-op
+    """
+    from m2rnn.evaluation.bench_op import BenchError, bench_op
+    from m2rnn.evaluation.bench_report import table
+    from m2rnn.evaluation.machine import default_device
+    from m2rnn.training.display import Display
+
+    try:
+        with Display(sys.stdout) as display:
+            rows = bench_op(
+                out,
+                device=device or default_device(),
+                shapes=shapes,
+                backends=backends,
+                quick=quick,
+                sweep=sweep,
+                display=display,
+            )
+    except (SettingsError, RunFolderError) as error:
+        fail(str(error), exit_code=2)
+    except (BenchError, OSError) as error:
+        fail(str(error), exit_code=1)
+    except KeyboardInterrupt:
+        fail(f"interrupted; the same command goes on in {out}", exit_code=130)
+    typer.echo(table(rows))
+    typer.echo(f"\nresults{' and plot' if sweep else ''}: {out}")
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:

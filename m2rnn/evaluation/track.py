@@ -1,13 +1,10 @@
 """``m2rnn track``: train on a word problem, measure accuracy by length and position, plot it."""
 
 import json
-import os
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
+from m2rnn.evaluation.machine import hardware, versions
 from m2rnn.evaluation.track_report import write_plot
 from m2rnn.models import M2RNNForCausalLM
 from m2rnn.tasks.word_problem import Score
@@ -98,11 +96,6 @@ def compare(
         return results
 
 
-def default_device() -> str:
-    """The GPU if there is one, else the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def check_can_run(settings: TrackSettings) -> None:
     """Raise `SettingsError` now for what would otherwise fail after minutes of training."""
     build_config(settings)
@@ -147,9 +140,8 @@ def evaluate(trained: TrainingResult, settings: TrackSettings, display: Display)
         "evaluation_seconds": round(time.monotonic() - began, 1),
         "chance": 1 / settings.problem().group.order,
         "accuracy": accuracy,
-        "versions": {name: _version(name) for name in ("m2rnn", "torch", "transformers", "numba", "numpy")}
-        | {"python": platform.python_version()},
-        "hardware": _hardware(settings.device),
+        "versions": versions(("m2rnn", "torch", "transformers", "numba", "numpy")),
+        "hardware": hardware(settings.device),
     }
 
 
@@ -179,26 +171,3 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from a source tree
-        return None
-
-
-def _hardware(device: str) -> dict[str, Any]:
-    hardware = {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    if torch.device(device).type == "cuda":
-        hardware["gpu"] = torch.cuda.get_device_name(device)
-    return hardware
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

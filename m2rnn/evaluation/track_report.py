@@ -5,12 +5,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from m2rnn.training.run_folder import PARTIAL, force_to_disk
+from m2rnn.evaluation.plot import STYLES, save_figure
 
 Results = dict[str, Any]
-
-# Okabe and Ito's colours, which stay apart for colour-blind readers, each with a marker of its own.
-STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"))
 
 
 def runs_of(results: Results) -> list[Results]:
@@ -82,7 +79,4 @@ def write_plot(path: Path, runs: Sequence[Results]) -> None:
     axes.grid(axis="y", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    partial = path.with_name(path.name + PARTIAL)
-    figure.savefig(partial, dpi=150, format="png")
-    force_to_disk(partial)
-    partial.replace(path)
+    save_figure(figure, path)

@@ -1,0 +1,208 @@
+"""The results of ``m2rnn bench op``: CSV, table and plot."""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from m2rnn.evaluation.bench_contenders import BACKENDS, PASSES
+from m2rnn.evaluation.plot import STYLES, save_figure
+from m2rnn.training.run_folder import write_whole_file
+from m2rnn.training.track_settings import SettingsError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CSV, JSON, PLOT = "op.csv", "op.json", "op-time.png"
+
+PANELS = tuple((section, kind) for kind in PASSES for section in ("length", "batch"))
+NAMES = {"sdpa": "attention (SDPA)", "gated_deltanet": "Gated DeltaNet"}
+
+Row = dict[str, Any]
+Rows = list[Row]
+
+MEASURED = {
+    "section": str,
+    "pass": str,
+    "contender": str,
+    "shape": str,
+    "batch": int,
+    "steps": int,
+    "heads": int,
+    "key_dim": int,
+    "value_dim": int,
+    "size": str,
+    "dtype": str,
+    "status": str,
+    "ms": float,
+    "fastest_ms": float,
+    "repeats": int,
+    "first_call_s": float,
+    "clock_MHz": float,
+    "extra_MiB": float,
+    "floor_ms": float,
+    "bound": str,
+    "times_floor": float,
+    "published_ms": float,
+    "times_published": float,
+    "published_MiB": float,
+}
+SETUP = (
+    *("device", "multiprocessors", "max_clock_MHz", "peak_GB_s", "cpu", "cores", "threads"),
+    *("python", "m2rnn", "torch", "numba", "triton", "fla", "cuda", "kernels", "effort"),
+)
+COLUMNS: Mapping[str, type] = MEASURED | dict.fromkeys(SETUP, str)
+
+
+def read_csv(path: Path) -> Rows:
+    """The rows of an earlier run; none if there is no file."""
+    if not path.exists():
+        return []
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != tuple(COLUMNS):
+                raise ValueError
+            return [_parse(row) for row in reader]
+    except (ValueError, TypeError):  # TypeError: a row with too few fields
+        raise SettingsError(
+            f"{path} is not a table of this version of m2rnn: move it away, or choose another folder"
+        ) from None
+
+
+def empty_row() -> Row:
+    return {name: "" if kind is str else None for name, kind in COLUMNS.items()}
+
+
+def _parse(row: Mapping[str, str]) -> Row:
+    return {name: kind(row[name]) if row[name] or kind is str else None for name, kind in COLUMNS.items()}
+
+
+def write_csv(path: Path, rows: Iterable[Row]) -> None:
+    """Whole or not at all: a reader never sees half a table."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(COLUMNS), restval="")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+    write_whole_file(path, text.getvalue().encode())
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The shapes and the decode steps, one line a contender; under it the sweeps, and why what is missing is."""
+    heading = "| shape | pass | contender | ms | floor ms | × floor | extra MiB | clock MHz |"
+    published = any(row["published_ms"] for row in rows)
+    lines = [heading + (" published | times |" if published else "")]
+    lines.append("|---|---|---|" + "---:|" * (lines[0].count("|") - 4))
+    lines += [_line(row, published) for row in rows if row["section"] in ("shapes", "decode")]
+    lines += ["", *_sweeps(rows)]
+    if published:
+        lines.append(
+            "published: the authors' own Triton kernel, measured earlier on an H100 80GB (torch 2.11, Triton 3.6), "
+            "not in this run"
+        )
+    reasons = dict.fromkeys((row["contender"], row["status"]) for row in rows if row["status"])
+    lines += [f"{contender}: {status}" for contender, status in reasons]
+    return "\n".join(lines).rstrip()
+
+
+def _line(row: Row, published: bool) -> str:
+    names = ("ms", "floor_ms", "times_floor", "extra_MiB", "clock_MHz")
+    size = "" if row["size"].endswith("heads") else f" ({row['size']})"
+    cells = [row["shape"], row["pass"], row["contender"] + size, *(number(row[name]) for name in names)]
+    if published:
+        cells += [number(row["published_ms"]), number(row["times_published"])]
+    return "| " + " | ".join(cells) + " |"
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, and no fewer than the integer has."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+
+
+def _sweeps(rows: Sequence[Row]) -> list[str]:
+    """The ends of every curve of the plot."""
+    lines = []
+    for section, kind in PANELS:
+        for contender, points in _curves(rows, section, kind).items():
+            first, last = points[0], points[-1]
+            axis, column = ("T", "steps") if section == "length" else ("B", "batch")
+            milliseconds, tokens = (
+                " → ".join(number(row["ms"] * scale(row)) for row in (first, last))
+                for scale in (lambda row: 1, lambda row: 1e6 / row["batch"] / row["steps"])
+            )
+            reach = f"{axis} {first[column]:,} → {last[column]:,}"
+            lines.append(f"{kind}, {contender}, {reach}: {milliseconds} ms, {tokens} ns a token")
+    return [*lines, ""] if lines else []
+
+
+def _curves(rows: Sequence[Row], section: str, kind: str) -> dict[str, Rows]:
+    """The measured points of one panel by contender, in order."""
+    curves: dict[str, Rows] = {}
+    for row in rows:
+        if (row["section"], row["pass"]) == (section, kind) and row["ms"] is not None:
+            curves.setdefault(row["contender"], []).append(row)
+    return {name: sorted(points, key=lambda row: (row["batch"], row["steps"])) for name, points in curves.items()}
+
+
+def write_plot(path: Path, rows: Sequence[Row]) -> None:
+    """Time against length and against batch, one panel a sweep and pass, all logarithmic."""
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global figure
+
+    swept = [row for row in rows if row["section"] in ("length", "batch")]
+    styles = dict(zip(dict.fromkeys(row["contender"] for row in swept), cycle(STYLES), strict=False))
+    figure = Figure(figsize=(10, 7.4), layout="constrained")
+    handles: dict[str, Any] = {}
+    for panel, (section, kind) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+        _draw(panel, section, kind, _curves(swept, section, kind), styles)
+        handles |= {label: line for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    if handles:
+        figure.legend(
+            list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles), frameon=False
+        )
+        figure.suptitle(", ".join(dict.fromkeys((*_layer(swept[0]), swept[0]["dtype"], swept[0]["device"]))))
+    save_figure(figure, path)
+
+
+def _layer(row: Row) -> tuple[str]:
+    return (f"M2RNN with {row['heads']} heads, K {row['key_dim']}, V {row['value_dim']}",)
+
+
+def _draw(panel: "Axes", section: str, kind: str, curves: Mapping[str, Rows], styles: Mapping[str, Any]) -> None:
+    column = "steps" if section == "length" else "batch"
+    for name, points in curves.items():
+        colour, marker = styles[name]
+        places = [row[column] for row in points]
+        label = NAMES.get(name, f"M2RNN, {name}")
+        label += "" if points[0]["size"].endswith("heads") else f", {points[0]['size']}"
+        panel.plot(places, [row["ms"] for row in points], color=colour, marker=marker, label=label, zorder=3)
+    floors = {row[column]: row["floor_ms"] for name in BACKENDS for row in curves.get(name, ()) if row["floor_ms"]}
+    if floors:
+        places = sorted(floors)
+        panel.plot(places, [floors[place] for place in places], color="0.4", linestyle=":", label="M2RNN, floor")
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    ticks = sorted({row[column] for points in curves.values() for row in points})
+    panel.set_xticks(ticks, [_short(tick) for tick in ticks])
+    panel.minorticks_off()
+    panel.set_xlabel("tokens T, batch 1" if section == "length" else f"batch, {_steps(curves)}")
+    panel.set_ylabel("time (ms)")
+    panel.set_title(kind)
+    panel.grid(color="0.9")
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _steps(curves: Mapping[str, Rows]) -> str:
+    return ", ".join({f"T {row['steps']:,}" for points in curves.values() for row in points})
+
+
+def _short(count: int) -> str:
+    """65536 as 64k."""
+    for size, letter in ((2**20, "M"), (2**10, "k")):
+        if count >= size and count % size == 0:
+            return f"{count // size}{letter}"
+    return str(count)

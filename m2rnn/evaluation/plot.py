@@ -1,0 +1,20 @@
+"""What the plots share: their colours and how they reach the disk."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from m2rnn.training.run_folder import PARTIAL, force_to_disk
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers, each with a marker of its own.
+STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"))
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a PNG that is either whole or not there."""
+    partial = path.with_name(path.name + PARTIAL)
+    figure.savefig(partial, dpi=150, format="png")
+    force_to_disk(partial)
+    partial.replace(path)
