@@ -15,6 +15,10 @@ from hypothesis import HealthCheck, settings
 
 from m2rnn.ops import available_backends
 
+if not torch.cuda.is_available():  # triton reads it when it is imported: its kernels run on the CPU, for test_triton.py
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 settings.register_profile(
     "m2rnn", derandomize=True, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -43,11 +47,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
+        reasons = available_backends()
+        if INTERPRETED:
+            reasons["triton"] = "no GPU; test_triton.py interprets its kernels, too slow for all cases"
         metafunc.parametrize(
             "backend",
             [
                 pytest.param(name, marks=[] if reason is None else pytest.mark.skip(reason=f"{name}: {reason}"))
-                for name, reason in available_backends().items()
+                for name, reason in reasons.items()
             ],
             scope="session",
         )

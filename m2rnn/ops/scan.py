@@ -154,15 +154,30 @@ def _triton_is_interpreted() -> bool:
 
 def _why_not(backend: str, q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor) -> str | None:
     """Why a backend cannot run on tensors of these devices, dtypes and channels, or None if it can."""
-    if (reason := _why_unavailable(backend)) is not None:
+    if (reason := _why_unavailable(backend)) is not None or backend == "reference" or q.is_meta:
         return reason
-    devices = {
-        "cpu": ("cpu", "meta"),
-        "triton": ("cuda", "meta", "cpu") if _triton_is_interpreted() else ("cuda", "meta"),
-        "cuda": ("cuda", "meta"),
-    }
-    device = q.device.type
-    return None if device in devices.get(backend, (device,)) else f"the tensors are on {device}"
+    match backend, q.device.type:
+        case ("cpu", "cpu"):
+            return None
+        case ("triton", "cuda"):
+            widest, why = _triton_limit(q.device, state_dtype(q, k, v, f, weight))
+            return f"V is {v.shape[-1]}, {why}" if v.shape[-1] > widest else None
+        case ("triton", "cpu") if _triton_is_interpreted():
+            return None
+        case ("cuda", "cuda"):
+            return None
+    return f"the tensors are on {q.device.type}"
+
+
+@lru_cache
+def _triton_limit(device: torch.device, dtype: torch.dtype) -> tuple[int, str]:
+    """The largest V that the Triton kernels take on a GPU, whose chip has to hold W and its gradient, and why."""
+    gpu = torch.cuda.get_device_properties(device)
+    if torch.version.hip is None and gpu.major < 8:
+        return 0, f"and {gpu.name} has compute capability {gpu.major}.{gpu.minor}: Triton needs 8.0"
+    roomy = dtype == torch.float32 and getattr(gpu, "shared_memory_per_block_optin", 0) >= 160 << 10
+    widest = 128 if roomy else 64
+    return widest, f"and the Triton kernels take up to {widest} on {gpu.name} with a {str(dtype)[6:]} state"
 
 
 @lru_cache

@@ -41,7 +41,11 @@ _TRITON = {
 
 
 class _View(NamedTuple):
-    """A tensor [batch, step, head, channel] at any strides; ``repeat`` heads of the state read the same one of its."""
+    """A tensor [batch, step, head, channel] at any strides; ``repeat`` heads of the state read the same one of its.
+
+    Triton compiles anew for an integer in a tuple that is 1 or a multiple of 16. So the kernels get 2n + 1 for n; but
+    for ``channel``, whose being 1 is worth a kernel.
+    """
 
     data: Tensor
     batch: int
@@ -52,26 +56,18 @@ class _View(NamedTuple):
 
 
 class _Target(NamedTuple):
-    """Where results go: a dense tensor [B, T, H, channels], or partial sums [sequence, step, H, slots, channels]."""
+    """Where results go: a dense tensor [B, T, H, channels], or partial sums [sequence, step, H, slots, channels].
+
+    Integers as in ``_View``; ``kind`` is 2 for the tensor, 3 for partial sums.
+    """
 
     data: Tensor
     channels: int
     slots: int
-    partial: int
-
-
-def _general(*numbers: int) -> tuple[int, ...]:
-    """Triton compiles anew for an integer of a tuple that is 1 or a multiple of 16; those of this code never are."""
-    return tuple(2 * n + 3 for n in numbers)
+    kind: int
 
 
 # -------------------------------------------------------------------------------------------------------- kernels
-
-
-@triton.jit
-def _int(general):
-    """The number that ``_general`` has encoded."""
-    return (general - 3) // 2
 
 
 @triton.jit
@@ -125,26 +121,26 @@ def _sequence(n, offsets, steps, CHUNK: tl.constexpr):
 @triton.jit
 def _at(x, batch, step, head):
     """Where a ``_View`` has the channels of a step."""
-    return x.data + batch * _int(x.batch) + step * _int(x.step) + head // _int(x.repeat) * _int(x.head)
+    return x.data + batch * (x.batch >> 1) + step * (x.step >> 1) + head // (x.repeat >> 1) * (x.head >> 1)
 
 
 @triton.jit
 def _load(x, at, step, index, mask, DTYPE: tl.constexpr):
     """The channels ``index`` of a ``_View``, ``step`` steps after ``at``."""
-    return tl.load(at + step * _int(x.step) + index * x.channel, mask=mask, other=0.0).to(DTYPE)
+    return tl.load(at + step * (x.step >> 1) + index * x.channel, mask=mask, other=0.0).to(DTYPE)
 
 
 @triton.jit
 def _into(x, row, partial_row, head, heads, block):
     """Where a ``_Target`` has the channels of a step: row ``row`` of B · T, or ``partial_row`` of the launch's."""
-    row += _int(x.partial) * (partial_row - row)
-    return x.data + ((row * heads + head) * _int(x.slots) + block % _int(x.slots)) * _int(x.channels)
+    row = tl.where(x.kind == 3, partial_row, row)
+    return x.data + ((row * heads + head) * (x.slots >> 1) + block % (x.slots >> 1)) * (x.channels >> 1)
 
 
 @triton.jit
 def _stride(x, heads):
     """From one step to the next in a ``_Target``."""
-    return heads * _int(x.slots) * _int(x.channels)
+    return heads * (x.slots >> 1) * (x.channels >> 1)
 
 
 @triton.jit(do_not_specialize=_GENERAL)
@@ -168,7 +164,7 @@ def _forward_kernel(
     valid = in_rows[:, None] & in_cols[None, :]
     area, tile = key_dim * value_dim, rows[:, None] * value_dim + cols[None, :]
     w_at, in_w = (
-        _at(weight, 0, 0, head) + cols[:, None] * _int(weight.step),
+        _at(weight, 0, 0, head) + cols[:, None] * (weight.step >> 1),
         (cols < value_dim)[:, None] & in_cols[None, :],
     )
     w = _load(weight, w_at, 0, cols[None, :], in_w, STATE).to(OPERAND)
@@ -188,7 +184,7 @@ def _forward_kernel(
         q_t, k_t, v_t, f_t = next_q, next_k, next_v, next_f
         j = tl.minimum(i + 1, last)  # loaded while this step is computed
         next_q, next_k = _load(q, q_at, j, rows, in_rows, STATE), _load(k, k_at, j, rows, in_rows, STATE)
-        next_v, next_f = _load(v, v_at, j, cols, in_cols, STATE), tl.load(f_at + j * _int(f.step)).to(STATE)
+        next_v, next_f = _load(v, v_at, j, cols, in_cols, STATE), tl.load(f_at + j * (f.step >> 1)).to(STATE)
         _, h = _update(h, w, k_t, v_t, f_t, valid, PADDED, OPERAND, APPROXIMATE)
         tl.store(y_at + i * y_step, tl.sum(q_t[:, None] * h, 0), mask=in_cols)
     tl.store(state_at, h, mask=valid)
@@ -216,7 +212,7 @@ def _backward_kernel(
     valid = in_rows[:, None] & in_cols[None, :]
     area, tile = key_dim * value_dim, rows[:, None] * value_dim + cols[None, :]
     w_at, in_w = (
-        _at(weight, 0, 0, head) + cols[:, None] * _int(weight.step),
+        _at(weight, 0, 0, head) + cols[:, None] * (weight.step >> 1),
         (cols < value_dim)[:, None] & in_cols[None, :],
     )
     w_full = _load(weight, w_at, 0, cols[None, :], in_w, STATE)
@@ -244,7 +240,7 @@ def _backward_kernel(
 
         # Forward through the chunk again, keeping its states. They may be rounded: so dq, which needs them, comes here.
         if skip == 0:
-            h_at = _at(initial, first + index, 0, head) + rows[:, None] * _int(initial.step)
+            h_at = _at(initial, first + index, 0, head) + rows[:, None] * (initial.step >> 1)
             h = _load(initial, h_at, 0, cols[None, :], valid, STATE)
         else:
             chunk = saved_first + skip // CHUNK - 1
@@ -256,21 +252,21 @@ def _backward_kernel(
             k_t, v_t, f_t, dy_t = next_k, next_v, next_f, next_dy
             j = tl.minimum(i + 1, last)
             next_k, next_v = _load(k, k_at, j, rows, in_rows, STATE), _load(v, v_at, j, cols, in_cols, STATE)
-            next_f, next_dy = tl.load(f_at + j * _int(f.step)).to(STATE), _load(dy, dy_at, j, cols, in_cols, STATE)
+            next_f, next_dy = tl.load(f_at + j * (f.step >> 1)).to(STATE), _load(dy, dy_at, j, cols, in_cols, STATE)
             _, h = _update(h, w, k_t, v_t, f_t, valid, PADDED, OPERAND, APPROXIMATE)
             tl.store(dq_at + i * row_step, tl.sum(h * dy_t[None, :], 1), mask=in_rows)
         tl.debug_barrier()  # the program's other threads read what these wrote
 
         next_q, next_k = _load(q, q_at, last, rows, in_rows, STATE), _load(k, k_at, last, rows, in_rows, STATE)
         next_v, next_dy = _load(v, v_at, last, cols, in_cols, STATE), _load(dy, dy_at, last, cols, in_cols, STATE)
-        next_f, next_h = tl.load(f_at + last * _int(f.step)).to(STATE), tl.load(scratch_at + last * (R * V))
+        next_f, next_h = tl.load(f_at + last * (f.step >> 1)).to(STATE), tl.load(scratch_at + last * (R * V))
         for step in range(last + 1):
             i = last - step
             q_t, k_t, v_t, dy_t, f_t, h_t = next_q, next_k, next_v, next_dy, next_f, next_h
             j = tl.maximum(i - 1, 0)
             next_q, next_k = _load(q, q_at, j, rows, in_rows, STATE), _load(k, k_at, j, rows, in_rows, STATE)
             next_v, next_dy = _load(v, v_at, j, cols, in_cols, STATE), _load(dy, dy_at, j, cols, in_cols, STATE)
-            next_f, next_h = tl.load(f_at + j * _int(f.step)).to(STATE), tl.load(scratch_at + j * (R * V))
+            next_f, next_h = tl.load(f_at + j * (f.step >> 1)).to(STATE), tl.load(scratch_at + j * (R * V))
 
             h = h_t.to(STATE)  # H_{t-1}
             z, _ = _update(h, w, k_t, v_t, f_t, valid, PADDED, OPERAND, APPROXIMATE)
@@ -327,10 +323,14 @@ class _Problem:
 
         half = self.output_dtype.itemsize == 2 and self.dtype == torch.float32
         self.width = max(SMALLEST_TILE, triton.next_power_of_2(self.value_dim))
-        most = (4096 if half else 2048 if self.dtype == torch.float32 else 1024) // self.width
+        most = (2048 if half else 1024 if self.dtype == torch.float32 else 256) // self.width
         self.rows = max(SMALLEST_TILE, min(triton.next_power_of_2(self.key_dim), most))
         self.blocks = triton.cdiv(self.key_dim, self.rows)
-        self.warps = min(max(self.rows * self.width // 1024, 1), 8) if half else 4
+        if half:  # one warp for 1024 elements: it needs no barrier, and a step of 64 × 16 keeps its tanh unit busy
+            self.warps = max(self.rows * self.width // 1024, self.width // 32, 1)
+            self.backward_warps = self.warps if self.width == SMALLEST_TILE else 2 * self.warps
+        else:
+            self.warps = self.backward_warps = 4 if self.width < 64 else 8
 
         operand = self.output_dtype if half else self.dtype
         if _INTERPRETED and operand == torch.bfloat16:
@@ -356,7 +356,8 @@ class _Problem:
 
     def view(self, x: Tensor) -> _View:
         batch, step, head, channel = (*x.stride(), 0)[:4]
-        return _View(x, *_general(batch, step, head, self.heads // x.shape[2]), channel)
+        repeat = self.heads // x.shape[2]
+        return _View(x, 2 * batch + 1, 2 * step + 1, 2 * head + 1, 2 * repeat + 1, channel)
 
     def new_state(self, value: Tensor | None, like: Tensor) -> Tensor:
         """A dense copy of a state, or zeros."""
@@ -411,7 +412,7 @@ class _Output:
     @property
     def target(self) -> _Target:
         data = self.result if self.partial is None else self.partial
-        return _Target(data, *_general(self.channels, self.slots, int(self.partial is not None)))
+        return _Target(data, 2 * self.channels + 1, 2 * self.slots + 1, 2 if self.partial is None else 3)
 
     def add_up(self, sequences: int, first: int, begin: int, span: int) -> None:
         if self.partial is None:
@@ -490,7 +491,7 @@ def backward(
             _backward_kernel[(programs,)](
                 problem.view(dy), *problem.inputs, problem.view(initial.transpose(1, 2)), saved, clip, scratch,
                 dq.target, dk.target, dv.target, df.target, d_state, d_weight, *problem.sizes, *part,
-                **problem.backward_options, num_warps=problem.warps,
+                **problem.backward_options, num_warps=problem.backward_warps,
             )  # fmt: skip
     dw = d_weight.sum((0, 2)).to(weight.dtype)
     d_initial = None if initial_state is None else d_state.to(initial_state.dtype)

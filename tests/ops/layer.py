@@ -35,10 +35,10 @@ class Layer(nn.Module):
         return torch.cat([y.flatten(1), state.flatten(1)], 1)
 
 
-def layer_inputs(batch: int = 4) -> tuple[Tensor, Tensor]:
+def layer_inputs(batch: int = 4, device: str = "cpu") -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(batch, 37, 6, generator=generator)
-    return x, torch.randn(batch, 37 * 8 + 24, generator=generator)
+    return x.to(device), torch.randn(batch, 37 * 8 + 24, generator=generator).to(device)
 
 
 def train_half(rank: int, folder: str, backend: str) -> None:

@@ -18,8 +18,8 @@ CASES = [
 MANY_STEPS = Case(time=20, key=1, value=1, heads=(1, 1, 1, 1, 1), dtype=torch.float64)
 
 
-def _gradcheck(case: Case, scan) -> None:
-    problem = make_problem(case)
+def _gradcheck(case: Case, scan, device: str = "cpu") -> None:
+    problem = make_problem(case, device=device)
     names = list(problem.inputs)
 
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -36,11 +36,12 @@ def test_autograd_through_the_definition(case: Case) -> None:
 
 @pytest.mark.parametrize("case", [*CASES, MANY_STEPS], ids=str)
 def test_operator(case: Case, backend: str, device: str) -> None:
-    if device == "cuda":
-        pytest.skip("GPU kernels compute in float32")
+    if backend == "cuda":
+        pytest.skip("the CUDA kernels compute in float32")
     _gradcheck(
         case,
         lambda inputs, p: m2rnn_scan(**inputs, output_final_state=case.final, cu_seqlens=p.cu_seqlens, backend=backend),
+        device,
     )
 
 

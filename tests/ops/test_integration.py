@@ -45,15 +45,15 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _calls(case: Case, backend: str) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+def _calls(case: Case, backend: str, device: str) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     with _Recorder() as recorder:
-        run(make_problem(case), backend)
+        run(make_problem(case, device=device), backend)
     return recorder.calls
 
 
 def test_operators_are_registered(backend: str, device: str) -> None:
     """Forward and backward are operators of torch.ops.m2rnn."""
-    names = {func.name() for func, _, _ in _calls(CASES[0], backend)}
+    names = {func.name() for func, _, _ in _calls(CASES[0], backend, device)}
     assert any("backward" in name for name in names), names
     assert any("backward" not in name for name in names), names
 
@@ -63,7 +63,7 @@ def test_opcheck(case: Case, backend: str, device: str) -> None:
     """Schema, fake kernel and autograd registration of each operator, on the arguments of real calls."""
     if backend == "reference":  # a long unrolled loop shows nothing more
         case = replace(case, time=2, lengths=None if case.lengths is None else (1, 0, 1))
-    calls = _calls(case, backend)
+    calls = _calls(case, backend, device)
     assert calls
     for func, args, kwargs in calls:
 
@@ -104,9 +104,9 @@ def test_compiled_layer_equals_eager(compiler: str, backend: str, device: str) -
     _skip_without(compiler)
     if compiler == "inductor" and backend == "reference":
         pytest.skip("nothing in it that aot_eager does not show")
-    layer = Layer()
+    layer = Layer().to(device)
     compiled = torch.compile(layer, fullgraph=True, backend=compiler, dynamic=True)
-    x, cotangent = layer_inputs()
+    x, cotangent = layer_inputs(device=device)
     for part in (x, x[:2, :, :]):
         expected = layer(part, backend)
         output = compiled(part, backend)
@@ -154,7 +154,7 @@ def test_exported_program_equals_eager() -> None:
 def test_shapes_without_data(kind: str, case: Case, backend: str, device: str) -> None:
     """Fake and meta tensors give the shapes and dtypes of the real results, forward and backward."""
     expected = run(make_problem(case, device=device), backend)
-    problem = make_problem(case)
+    problem = make_problem(case, device=device)
     if kind == "meta":
         problem.inputs = {name: x.detach().to("meta").requires_grad_() for name, x in problem.inputs.items()}
         problem.cotangents = {name: x.to("meta") for name, x in problem.cotangents.items()}
@@ -174,7 +174,7 @@ def test_shapes_without_data(kind: str, case: Case, backend: str, device: str) -
 
 def test_functional_call_uses_the_given_parameters(backend: str, device: str) -> None:
     """torch.func.functional_call computes with the parameters it is given, and differentiates by them."""
-    layer, (x, cotangent) = Layer(), layer_inputs()
+    layer, (x, cotangent) = Layer().to(device), layer_inputs(device=device)
     other = {name: (1.5 * p).detach().requires_grad_() for name, p in layer.named_parameters()}
     output = torch.func.functional_call(layer, other, (x, backend))
     grads = torch.autograd.grad(output, list(other.values()), cotangent)
@@ -189,7 +189,7 @@ def test_functional_call_uses_the_given_parameters(backend: str, device: str) ->
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_gives_the_same_gradients(reentrant: bool, backend: str, device: str) -> None:
-    layer, (x, cotangent) = Layer(), layer_inputs()
+    layer, (x, cotangent) = Layer().to(device), layer_inputs(device=device)
     x.requires_grad_()
     expected = _gradients(layer, layer(x, backend), cotangent)
     (d_x,) = torch.autograd.grad(layer(x, backend), x, cotangent)

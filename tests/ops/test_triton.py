@@ -1,0 +1,191 @@
+"""The Triton kernels without a GPU: small problems under Triton's interpreter, and compiled ahead of time.
+
+With a GPU they run all the tests of the other backends instead.
+"""
+
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from m2rnn.ops import scan
+from tests.conftest import INTERPRETED
+from tests.ops import test_integration, test_packed, test_scan
+from tests.ops.cases import EMPTY, Case, check, make_problem, random_case, run, truth
+
+triton = pytest.importorskip("triton")
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+NUMPY = tuple(map(int, np.__version__.split(".")[:2]))
+interpreted = pytest.mark.skipif(
+    not INTERPRETED or (VERSION < (3, 7) and NUMPY >= (2, 4)),
+    reason="there is a GPU, or Triton before 3.7 whose interpreter does not work with NumPy 2.4",
+)
+# NumPy warns of the infinities that the kernels compute with
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+
+@pytest.fixture
+def kernels():
+    from m2rnn.ops import triton
+
+    return triton
+
+
+@pytest.fixture
+def short_chunks(kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few steps are many chunks, as a few hundred are with the true length."""
+    for module in (kernels, scan):
+        monkeypatch.setattr(module, "TRITON_CHUNK", 2)
+
+
+CASES = [
+    Case(),
+    Case(time=1, batch=2, heads=(1, 1, 4, 4, 4), key=16, value=16, initial=False),
+    Case(batch=2, heads=(1, 3, 3, 1, 3), dtype=torch.float64, clip=0.1, forget="ends"),
+    Case(heads=(2, 1, 4, 2, 4), dtype=torch.bfloat16, clip=0.1),
+    Case(heads=(1, 4, 2, 4, 1), key=17, value=33, dtype=torch.bfloat16, gates=torch.float32, final=False),
+    Case(heads=(4, 2, 1, 1, 2), value=24, dtype=torch.float16, layout="sliced"),
+    Case(key=5, value=1, dtype=torch.float16, gates=torch.float32, layout="expanded", forget="slow"),
+    Case(key=40, value=64, heads=(1, 1, 1, 1, 1), clip=0.1),  # three blocks of rows
+    Case(key=18, value=7, heads=(1, 2, 2, 2, 1), dtype=torch.float64, layout="strided"),  # two
+    Case(lengths=(0, 4, 3), heads=(1, 1, 2, 2, 2), layout="transposed", clip=0.1),
+    Case(lengths=(3, 0, 0, 2), heads=(1, 2, 1, 2, 2), initial=False, index=torch.int32),
+]
+
+
+@interpreted
+@pytest.mark.parametrize("case", [*CASES, *EMPTY], ids=str)
+def test_results_and_gradients_match_float64(case: Case) -> None:
+    check(run(make_problem(case), "triton"), truth(replace(case, index=torch.int64)), case)
+
+
+CHUNKED = [
+    Case(batch=2, time=5, clip=0.1, heads=(1, 2, 2, 1, 1)),
+    Case(lengths=(5, 0, 1, 2), heads=(2, 1, 1, 1, 2), initial=False, dtype=torch.float16, gates=torch.float32),
+    Case(time=4, key=18, heads=(1, 1, 1, 1, 1), dtype=torch.float64),
+]
+
+
+@interpreted
+@pytest.mark.usefixtures("short_chunks")
+@pytest.mark.parametrize("case", CHUNKED, ids=str)
+def test_many_launches_give_the_bits_of_one(case: Case, kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spans of time and groups of sequences, cut for want of memory, change no result; nor does running twice."""
+    problem = make_problem(case)
+    expected = run(problem, "triton")
+    check(expected, truth(case), case)
+    monkeypatch.setattr(kernels, "PARTIAL_BYTES", 1)
+    for name, x in run(problem, "triton").items():
+        assert torch.equal(x, expected[name]), name
+    monkeypatch.setattr(kernels, "SCRATCH_BYTES", 1)
+    results = run(problem, "triton")
+    check(results, truth(case), case)
+    for name, x in results.items():
+        assert name == "weight" or torch.equal(x, expected[name]), name  # dW is a sum over sequences
+
+
+@interpreted
+@pytest.mark.usefixtures("short_chunks")
+def test_fuzz(request: pytest.FixtureRequest) -> None:
+    """Cases of the common fuzz, those that are short enough."""
+    seeds = range(request.config.getoption("--fuzz-seed"), 10_000)
+    small = [
+        (s, c) for s in seeds for c in [random_case(random.Random(s))] if 0 < c.steps * max(c.heads) * c.batch < 20
+    ]
+    for seed, case in small[:4]:
+        problem = make_problem(case, seed=seed)
+        check(run(problem, "triton"), truth(replace(case, index=torch.int64), seed), case)
+
+
+@interpreted
+@pytest.mark.parametrize("spoilt", ["q", "k", "f", "y", "final_state"])
+def test_nan_stays_in_its_sequence_and_stays_nan(spoilt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths, bad = (2, 0, 3, 1), 2
+    case = Case(lengths=lengths, clip=0.1, heads=(1, 1, 1, 1, 1))
+    clean, problem = run(make_problem(case), "triton"), make_problem(case)
+    test_packed._spoil(problem, spoilt, 3, bad)  # the second of the sequence's steps
+    results = run(problem, "triton")
+    for name, x in results.items():
+        if name in ("final_state", "initial_state"):
+            assert torch.equal(x[[0, 1, 3]], clean[name][[0, 1, 3]]), name
+        elif name != "weight":
+            assert torch.equal(x[:, [0, 1, 5]], clean[name][:, [0, 1, 5]]), name
+    if spoilt != "q":  # which only y and the gradients see
+        assert results["initial_state"][bad].isnan().all()
+        assert results["weight"].isnan().all()
+        assert results["k"][:, 2].isnan().all()
+    assert results["y"][:, 3].isnan().all() == (spoilt in ("q", "k", "f"))
+
+
+@interpreted
+def test_infinite_inputs_do_not_reach_the_padding() -> None:
+    """tanh(∞) = 1: with 3 rows and 2 columns of 16 × 16 in use, no ∞ · 0 comes back from those that are not."""
+    q, k, v = torch.ones(1, 2, 1, 3), torch.ones(1, 2, 1, 3), torch.ones(1, 2, 1, 2)
+    k[0, 0, 0, 1], v[0, 1, 0, 1] = torch.inf, -torch.inf
+    f, weight = torch.full((1, 2, 1), 0.5), torch.zeros(1, 2, 2)
+    expected = scan.m2rnn_scan(q, k, v, f, weight, backend="reference")[0]
+    assert expected.isfinite().all()
+    torch.testing.assert_close(scan.m2rnn_scan(q, k, v, f, weight, backend="triton")[0], expected)
+
+
+@interpreted
+def test_contracts_of_every_backend() -> None:
+    """Saturation, inputs left alone, a final state of its own, fake kernels that tell the shapes."""
+    test_scan.test_overflowing_preactivation_saturates("triton", "cpu")
+    test_scan.test_results_of_nothing_do_not_share_the_initial_state("triton", "cpu")
+    dense, packed = Case(time=1, heads=(1, 1, 2, 1, 2), clip=0.1), Case(lengths=(1, 0, 1), initial=False, final=False)
+    test_integration.test_opcheck(dense, "triton", "cpu")
+    test_integration.test_shapes_without_data("fake", dense, "triton", "cpu")
+    test_integration.test_shapes_without_data("fake", packed, "triton", "cpu")
+
+
+COMPILE = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+kernels = []
+run = JITFunction.run
+JITFunction.run = lambda self, *args, warmup, **options: kernels.append(run(self, *args, warmup=True, **options))
+
+
+class Driver:
+    get_current_device = staticmethod(lambda: len(kernels))  # nothing in memory from other targets
+    get_current_stream = staticmethod(lambda device: 0)
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
+
+
+triton.runtime.driver.set_active(Driver())
+from m2rnn.ops.triton import backward, forward
+
+for capability, dtype, key, value, offsets in (
+    (90, torch.bfloat16, 64, 16, None),
+    (80, torch.float16, 17, 33, torch.tensor([0, 70])),
+    (80, torch.float32, 5, 8, None),
+):
+    q, k, v = (torch.zeros(1, 70, *shape, dtype=dtype) for shape in ((1, key), (1, key), (2, value)))
+    f, weight = torch.zeros(1, 70, 2), torch.zeros(2, value, value)
+    y, state, saved = forward(q, k, v, f, weight, None, offsets, True)
+    backward(y, state, q, k, v, f, weight, state, saved, offsets, 1.0)
+forward(q, k, v, f, weight, None, offsets, False)
+assert len(kernels) >= 10, kernels  # forward, backward, partial sums of dq and of dk
+assert all(kernel.asm["cubin"] for kernel in kernels)
+"""
+
+
+def test_kernels_compile_ahead_of_time(tmp_path: Path) -> None:
+    """For compute capabilities 9.0 and 8.0: the interpreter takes more than the compiler does."""
+    child = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert child.returncode == 0, child.stderr
