@@ -215,8 +215,9 @@ def _backward_kernel(
         _at(weight, 0, 0, head) + cols[:, None] * (weight.step >> 1),
         (cols < value_dim)[:, None] & in_cols[None, :],
     )
-    w_full = _load(weight, w_at, 0, cols[None, :], in_w, STATE)
-    w, w_transposed = w_full.to(OPERAND), tl.trans(w_full).to(GRADIENT)
+    w = _load(weight, w_at, 0, cols[None, :], in_w, STATE).to(OPERAND)
+    wt_at = _at(weight, 0, 0, head) + cols[None, :] * (weight.step >> 1)
+    w_transposed = _load(weight, wt_at, 0, cols[:, None], in_w, STATE).to(GRADIENT)
     limit = tl.load(clip)
 
     state_at = d_state + ((first + index) * heads + head) * area + tile
@@ -278,7 +279,7 @@ def _backward_kernel(
             dw = tl.dot(tl.trans(h_t.to(GRADIENT)), operand, dw, input_precision=PRECISION, out_dtype=STATE)
             tl.store(dk_at + i * row_step, tl.sum(dx * v_t[None, :], 1), mask=in_rows)
             tl.store(dv_at + i * v_step, tl.sum(dx * k_t[:, None], 0), mask=in_cols)
-            tl.store(df_at + i * f_step, tl.sum(tl.sum(g * (h - z), 1), 0))
+            tl.store(df_at + i * f_step, tl.sum(g * (h - z)))
         tl.debug_barrier()
     tl.store(state_at, carry, mask=valid)
     tl.store(dw_at, dw, mask=in_w)
