@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,8 @@ def _run(
     call = kernel(name, 8 * plan.dtype.itemsize)
     tables = [_address(x) for x in (plan.units, tensors, plan.sequences, sizes)]
     others = [*(_address(x) for x in arrays), *clip]
-    scratch = plan.scratch_size(name == "backward") + layout.VECTOR_BYTES // plan.dtype.itemsize
+    scratch = layout.scratch_size(plan.chunk, plan.rows, plan.width, backward=name == "backward")
+    scratch += layout.VECTOR_BYTES // plan.dtype.itemsize
     count = len(plan.units)
     threads = min(torch.get_num_threads(), count)
     calls = min(count, CALLS_PER_THREAD * threads) if threads > 1 else threads
@@ -157,18 +158,29 @@ class _Plan:
 
     def head_slots(self, source_heads: int) -> int:
         """How many head groups add to the gradient of the same one of ``source_heads``."""
-        group, repeat = self.heads // self.head_groups, self.heads // source_heads
-        if group % repeat == 0:
+        repeat = self.heads // source_heads
+        if self.group % repeat == 0:
             return 1
-        return repeat // group if repeat % group == 0 else self.head_groups
+        return repeat // self.group if repeat % self.group == 0 else self.head_groups
+
+    def adds(self, repeat: int) -> bool:
+        """Whether several heads of a unit add to the gradient of what ``repeat`` heads share."""
+        return min(self.group, repeat) > 1
 
     def sizes(self, weight_heads: int) -> np.ndarray:
         repeat = self.heads // weight_heads
         return np.array([self.heads, self.key_dim, self.value_dim, self.width, self.chunk, repeat], np.int64)
 
-    def scratch_size(self, backward: bool) -> int:
-        rows = int((self.units[:, layout.LAST_ROW] - self.units[:, layout.FIRST_ROW]).max(initial=0))
-        return layout.scratch_size(self.chunk, _round_up(rows, layout.ROWS), self.width, backward)
+    @property
+    def group(self) -> int:
+        """Heads of a unit."""
+        return self.heads // self.head_groups
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows of the largest unit, padded."""
+        count = int((self.units[:, layout.LAST_ROW] - self.units[:, layout.FIRST_ROW]).max(initial=0))
+        return _round_up(count, layout.ROWS)
 
     def describe(self, x: Tensor, *, by_row: bool = False, slots: tuple[int, int] | None = None) -> list[int]:
         """The kernels' row for a tensor [B, T, heads] or [B, T, heads, channels]; with slots, as first dimension."""
@@ -181,10 +193,9 @@ class _Plan:
             channels = padded = 1
         repeat = self.heads // x.shape[2 if slots is None else 3]
         code = _DTYPE_CODES[x.dtype]
-        head_slots, row_slots = slots or (1, 1)
+        add = slots is not None and self.adds(repeat)
         return [
-            x.data_ptr(), code, *strides, repeat, int(by_row), channels, padded, int(slots is not None and repeat > 1),
-            head_slots, row_slots,
+            x.data_ptr(), code, *strides, repeat, int(by_row), channels, padded, int(add), *(slots or (1, 1)),
         ]  # fmt: skip
 
     def describe_inputs(self, q: Tensor, k: Tensor, v: Tensor, f: Tensor) -> list[list[int]]:
@@ -278,7 +289,8 @@ class _Output:
         if self.in_place:
             self.buffer = torch.empty(shape, dtype=dtype)
         else:
-            self.buffer = torch.zeros((slots[0] * slots[1], *shape), dtype=plan.dtype)
+            allocate = torch.zeros if plan.adds(plan.heads // shape[2]) else torch.empty
+            self.buffer = allocate((slots[0] * slots[1], *shape), dtype=plan.dtype)
         self.row = plan.describe(self.buffer, by_row=by_row, slots=None if self.in_place else slots)
 
     def result(self) -> Tensor:

@@ -193,8 +193,8 @@ def _pre_activation(out, state, weight, k, v, columns, width):
 
 @_inline
 def _put_row_totals(out, i, sums):
-    lanes = lanes_of(sums)
-    simd.put_totals(out, i, load(sums, 0), load(sums, lanes), load(sums, 2 * lanes), load(sums, 3 * lanes))
+    step = 2 * lanes_of(sums)
+    simd.put_totals(out, i, load(sums, 0), load(sums, step), load(sums, 2 * step), load(sums, 3 * step))
 
 
 def forward(first_unit, last_unit, units, tensors, sequences, sizes, scratch, weights, initial, final, saved):
@@ -230,21 +230,19 @@ def forward(first_unit, last_unit, units, tensors, sequences, sizes, scratch, we
                     _stage(f, _row(tensors, layout.F), unit, batch, at, steps, head)
                     for t in range(steps):
                         keep = element(f, t)
-                        y_t = offset(y, t * width)
-                        for p in range(0, width, lanes):
-                            store(y_t, p, zeros_like(y))
                         for block in range(0, rows, ROWS):
-                            h = offset(state, block * width)
-                            q_block, k_block = offset(q, t * rows + block), offset(k, t * rows + block)
-                            _pre_activation(pre, h, weight, k_block, offset(v, t * width), columns, width)
-                            for p in range(0, width, lanes):
-                                y_p = load(y_t, p)
-                                for r in range(min(ROWS, count - block)):  # the padding stays 0: 0 · inf is not 0
-                                    i = r * width + p
-                                    h_p = fma(keep, load(h, i), (1 - keep) * tanh(load(pre, i)))
-                                    store(h, i, h_p)
-                                    y_p = fma(element(q_block, r), h_p, y_p)
-                                store(y_t, p, y_p)
+                            _pre_activation(
+                                offset(pre, block * width), offset(state, block * width), weight,
+                                offset(k, t * rows + block), offset(v, t * width), columns, width,
+                            )  # fmt: skip
+                        for p in range(0, width, lanes):
+                            y_p = zeros_like(y)
+                            for r in range(count):  # the padding stays 0: 0 · inf is not 0
+                                i = r * width + p
+                                h = fma(keep, load(state, i), (1 - keep) * tanh(load(pre, i)))
+                                store(state, i, h)
+                                y_p = fma(element(q, t * rows + r), h, y_p)
+                            store(y, t * width + p, y_p)
                     _unstage(y, _row(tensors, layout.Y), unit, batch, at, steps, head)
                 _save_state(final, _state_offset(sizes, n, head, unit), state, unit, sizes)
 
@@ -301,57 +299,56 @@ def backward(
 
                     for t in range(steps):
                         keep = element(f, t)
+                        h, z = offset(states, t * size), offset(updates, t * size)
                         for block in range(0, rows, ROWS):
-                            h = offset(states, t * size + block * width)
-                            z = offset(updates, t * size + block * width)
                             _pre_activation(
-                                z, h, weight, offset(k, t * rows + block), offset(v, t * width), columns, width
-                            )
-                            whole = min(ROWS, count - block) * width
-                            for i in range(0, whole, lanes):
-                                z_i = tanh(load(z, i))
-                                store(z, i, z_i)
-                                store(h, i + size, fma(keep, load(h, i), (1 - keep) * z_i))
-                            for i in range(whole, ROWS * width, lanes):  # padding: 0 · inf is not 0
-                                store(z, i, zeros_like(z))
-                                store(h, i + size, zeros_like(h))
+                                offset(z, block * width), offset(h, block * width), weight,
+                                offset(k, t * rows + block), offset(v, t * width), columns, width,
+                            )  # fmt: skip
+                        for i in range(0, count * width, lanes):
+                            z_i = tanh(load(z, i))
+                            store(z, i, z_i)
+                            store(h, i + size, fma(keep, load(h, i), (1 - keep) * z_i))
+                        for i in range(count * width, size, lanes):  # padding: 0 · inf is not 0
+                            store(z, i, zeros_like(z))
+                            store(h, i + size, zeros_like(h))
 
                     for t in range(steps - 1, -1, -1):
                         keep = element(f, t)
                         df_p = zeros_like(df)
-                        dy_t, v_t, dv_t = offset(dy, t * width), offset(v, t * width), offset(dv, t * width)
+                        h, z = offset(states, t * size), offset(updates, t * size)
                         for p in range(0, width, lanes):
-                            store(dv_t, p, zeros_like(dv))
-                        for block in range(0, rows, ROWS):
-                            h = offset(states, t * size + block * width)
-                            z = offset(updates, t * size + block * width)
-                            c = offset(carry, block * width)
-                            for r in range(min(ROWS, count - block)):
-                                q_r, k_r = element(q, t * rows + block + r), element(k, t * rows + block + r)
+                            dy_p, v_p, dv_p = load(dy, t * width + p), load(v, t * width + p), zeros_like(dv)
+                            for r in range(count):
+                                i = r * width + p
+                                z_p = load(z, i)
+                                g = fma(element(q, t * rows + r), dy_p, simd.clamp(load(carry, i), clip))
+                                dx = (1 - keep) * g
+                                dx = fnma(z_p * z_p, dx, dx)
+                                dv_p = fma(element(k, t * rows + r), dx, dv_p)
+                                df_p = fma(g, load(h, i) - z_p, df_p)
+                                store(z, i, dx)
+                                store(carry, i, keep * g)
+                                j = 2 * r * lanes
                                 dq_p, dk_p = zeros_like(dq), zeros_like(dk)
-                                for p in range(0, width, lanes):
-                                    i = r * width + p
-                                    z_p, dy_p = load(z, i), load(dy_t, p)
-                                    g = fma(q_r, dy_p, simd.clamp(load(c, i), clip))
-                                    dx = (1 - keep) * g
-                                    dx = fnma(z_p * z_p, dx, dx)
-                                    dq_p = fma(load(h, i + size), dy_p, dq_p)
-                                    dk_p = fma(dx, load(v_t, p), dk_p)
-                                    df_p = fma(g, load(h, i) - z_p, df_p)
-                                    store(dv_t, p, fma(k_r, dx, load(dv_t, p)))
-                                    store(z, i, dx)
-                                    store(c, i, keep * g)
-                                store(sums, r * lanes, dq_p)
-                                store(sums, (ROWS + r) * lanes, dk_p)
-                            _put_row_totals(dq, t * rows + block, sums)
-                            _put_row_totals(dk, t * rows + block, offset(sums, ROWS * lanes))
+                                if p > 0:
+                                    dq_p, dk_p = load(sums, j), load(sums, j + lanes)
+                                store(sums, j, fma(load(h, i + size), dy_p, dq_p))
+                                store(sums, j + lanes, fma(dx, v_p, dk_p))
+                            store(dv, t * width + p, dv_p)
+                        put(df, t, total(df_p))
+                        for block in range(0, rows, ROWS):
+                            block_sums = offset(sums, 2 * block * lanes)
+                            _put_row_totals(dq, t * rows + block, block_sums)
+                            _put_row_totals(dk, t * rows + block, offset(block_sums, lanes))
+                        for block in range(0, rows, ROWS):
+                            c, dx_block = offset(carry, block * width), offset(z, block * width)
                             for p in range(0, width, lanes):
                                 c0, c1, c2, c3 = _product(
-                                    z, 0, width, 1, transposed, p, width, columns,
+                                    dx_block, 0, width, 1, transposed, p, width, columns,
                                     load(c, p), load(c, p + width), load(c, p + 2 * width), load(c, p + 3 * width),
                                 )  # fmt: skip
                                 _store_rows(c, p, width, c0, c1, c2, c3)
-                        put(df, t, total(df_p))
 
                     for i in range(0, width, ROWS):  # dW += Σ H_{t-1}ᵀ dX, a chunk's sum on its own: less rounding
                         for p in range(0, width, lanes):

@@ -32,6 +32,6 @@ def scratch_size(chunk: int, rows: int, width: int, backward: bool) -> int:
     """Elements of a thread's scratch memory, whose parts the kernels lay out; rows and width are padded."""
     state, staged = rows * width, chunk * (2 * rows + 2 * width + 1)
     if not backward:
-        return staged + state + ROWS * width
-    sums = 2 * ROWS * VECTOR_BYTES // 4
+        return staged + 2 * state
+    sums = 2 * rows * VECTOR_BYTES // 4
     return staged + (2 * chunk + 1) * state + chunk * (2 * rows + width + 1) + state + width * width + sums
