@@ -163,7 +163,7 @@ def cpu_peaks() -> Peaks:
     """The rate of a large float32 matrix product on the threads in use: the fastest of a few."""
     a = torch.randn(1024, 1024)
     times = []
-    for _ in range(7):
+    for _ in range(15):
         start = time.perf_counter()
         a @ a
         times.append(time.perf_counter() - start)

@@ -30,7 +30,7 @@ from m2rnn.evaluation.bench_measure import (
     memory_in_child,
     warm_up,
 )
-from m2rnn.evaluation.bench_report import CSV, JSON, PLOT, Row, Rows, empty_row, read_csv, write_csv, write_plot
+from m2rnn.evaluation.bench_report import CSV, JSON, PLOT, STEPS, Row, Rows, empty_row, read_csv, write_csv, write_plot
 from m2rnn.evaluation.machine import hardware, versions
 from m2rnn.ops import m2rnn_step
 from m2rnn.training.display import Display
@@ -50,7 +50,7 @@ PUBLISHED = {
     Shape(2, 16384, 84): (12.84, 57.79, 5.69 * 1024),
     Shape(1, 32768, 84): (25.82, 115.95, 5.69 * 1024),
 }
-DEVICE_ERROR = "device error"
+DEVICE_ERROR, OUT_OF_MEMORY = "device error", "out of memory"
 
 
 class BenchError(Exception):
@@ -66,7 +66,7 @@ class Group:
     entries: tuple[tuple[str, Shape], ...]
 
 
-STEP, GRAPH = "step", "step in a CUDA graph"
+STEP, GRAPH = STEPS
 
 
 def plan(shapes: Sequence[Shape], contenders: Sequence[str], device: str, quick: bool, sweep: bool) -> list[Group]:
@@ -155,7 +155,8 @@ class Bench:
         if row["section"] not in ("length", "batch") or sweep in self.stopped:
             return
         if row["status"]:
-            self.stopped[sweep] = f"stopped at {row['shape']}: {row['status']}"
+            where = f"stopped at {row['shape']}: " if row["status"] == OUT_OF_MEMORY else ""
+            self.stopped[sweep] = where + row["status"]
         elif row["ms"] > 1e3 * STOP_SECONDS:
             self.stopped[sweep] = f"stopped at {row['shape']}, which took {row['ms'] / 1e3:.1f} s"
 
@@ -257,7 +258,8 @@ class Bench:
                 "times_floor": ms / (1e3 * bound[0]) if bound else None,
                 "times_published": published[backward] / ms if published else None,
             }
-        return row | self.setup
+        digits = {name: float(f"{value:.6g}") for name, value in row.items() if isinstance(value, float)}
+        return row | digits | self.setup
 
     def _published(self, group: Group, name: str, shape: Shape) -> tuple[float, float, float] | None:
         comparable = group.section == "shapes" and name in ("cuda", "triton") and "H100" in self.setup["device"]
@@ -271,9 +273,8 @@ def key(row: Row) -> tuple[str, str, str, str]:
 def why(error: Exception) -> str:
     """One line on why a contender cannot run."""
     if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+        return OUT_OF_MEMORY
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @torch.no_grad()

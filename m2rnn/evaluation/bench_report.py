@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 CSV, JSON, PLOT = "op.csv", "op.json", "op-time.png"
 
+STEPS = ("step", "step in a CUDA graph")
 PANELS = tuple((section, kind) for kind in PASSES for section in ("length", "batch"))
 NAMES = {"sdpa": "attention (SDPA)", "gated_deltanet": "Gated DeltaNet"}
 
@@ -66,7 +67,7 @@ def read_csv(path: Path) -> Rows:
             if tuple(reader.fieldnames or ()) != tuple(COLUMNS):
                 raise ValueError
             return [_parse(row) for row in reader]
-    except (ValueError, TypeError):  # TypeError: a row with too few fields
+    except ValueError:
         raise SettingsError(
             f"{path} is not a table of this version of m2rnn: move it away, or choose another folder"
         ) from None
@@ -77,6 +78,8 @@ def empty_row() -> Row:
 
 
 def _parse(row: Mapping[str, str]) -> Row:
+    if None in row.values():  # too few fields
+        raise ValueError
     return {name: kind(row[name]) if row[name] or kind is str else None for name, kind in COLUMNS.items()}
 
 
@@ -85,42 +88,102 @@ def write_csv(path: Path, rows: Iterable[Row]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(COLUMNS), restval="")
     writer.writeheader()
-    for row in rows:
-        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+    writer.writerows(rows)
     write_whole_file(path, text.getvalue().encode())
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The shapes and the decode steps, one line a contender; under it the sweeps, and why what is missing is."""
-    heading = "| shape | pass | contender | ms | floor ms | × floor | extra MiB | clock MHz |"
-    published = any(row["published_ms"] for row in rows)
-    lines = [heading + (" published | times |" if published else "")]
-    lines.append("|---|---|---|" + "---:|" * (lines[0].count("|") - 4))
-    lines += [_line(row, published) for row in rows if row["section"] in ("shapes", "decode")]
-    lines += ["", *_sweeps(rows)]
-    if published:
-        lines.append(
-            "published: the authors' own Triton kernel, measured earlier on an H100 80GB (torch 2.11, Triton 3.6), "
-            "not in this run"
+    """Shapes, decode steps and the ends of the sweeps, in Markdown, and why what is missing is."""
+    if not rows:
+        return "nothing was measured"
+    parts = [_machine(rows), _shapes(rows), _decode(rows), *_sweeps(rows)]
+    if any(row["published_ms"] for row in rows):
+        parts.append(
+            "published: the authors' own Triton kernel, measured earlier on an H100 80GB with torch 2.11 and "
+            "Triton 3.6, not in this run"
         )
-    reasons = dict.fromkeys((row["contender"], row["status"]) for row in rows if row["status"])
-    lines += [f"{contender}: {status}" for contender, status in reasons]
-    return "\n".join(lines).rstrip()
+    reasons = dict.fromkeys(f"{row['contender']}: {row['status']}" for row in rows if row["status"])
+    return "\n".join(part for part in (*parts, *reasons) if part).replace("\n\n\n", "\n\n")
 
 
-def _line(row: Row, published: bool) -> str:
-    names = ("ms", "floor_ms", "times_floor", "extra_MiB", "clock_MHz")
-    size = "" if row["size"].endswith("heads") else f" ({row['size']})"
-    cells = [row["shape"], row["pass"], row["contender"] + size, *(number(row[name]) for name in names)]
-    if published:
-        cells += [number(row["published_ms"]), number(row["times_published"])]
-    return "| " + " | ".join(cells) + " |"
+def _machine(rows: Sequence[Row]) -> str:
+    first = rows[0]
+    words = [first["device"], first["dtype"], f"torch {first['torch']}"]
+    words += [f"{name} {first[name]}" for name in ("triton", "cuda", "fla") if first[name] and first["max_clock_MHz"]]
+    if clocks := [row["clock_MHz"] for row in rows if row["clock_MHz"]]:
+        words.append(f"clock {min(clocks):.0f} to {max(clocks):.0f} of {first['max_clock_MHz']} MHz")
+    else:
+        words.append(f"{first['threads']} threads")
+    return ", ".join(words) + "\n"
 
 
-def number(value: float | None) -> str:
+def _shapes(rows: Sequence[Row]) -> str:
+    """One line a shape and contender."""
+    names = ["shape", "contender"]
+    for kind in PASSES:
+        names += [f"{kind} ms", "floor", "× floor"]
+    names.append("extra MiB")
+    comparable = any(row["published_ms"] for row in rows)
+    if comparable:
+        names += [*(f"{kind}: published" for kind in PASSES), "extra MiB: published"]
+    lines = []
+    passes = _by(rows, "shapes", "shape", "contender")
+    for (shape, contender), found in passes.items():
+        size = next(iter(found.values()))["size"]
+        line = [shape, contender if size.endswith("heads") else f"{contender}, {size}"]
+        both = [found.get(kind, empty_row()) for kind in PASSES]
+        for row in both:
+            line += [number(row["ms"]), number(row["floor_ms"]), number(row["times_floor"])]
+        line.append(number(both[-1]["extra_MiB"]))
+        if comparable:
+            line += [_published(row["published_ms"], row["times_published"]) for row in both]
+            line.append(_published(both[-1]["published_MiB"], None))
+        lines.append(line)
+    return _markdown(names, lines, left=2)
+
+
+def _published(figure: float | None, times: float | None) -> str:
+    return number(figure) if times is None else f"{number(figure)} ({times:.1f}×)"
+
+
+def _decode(rows: Sequence[Row]) -> str:
+    """One line a layer, batch and backend."""
+    lines = []
+    steps = _by(rows, "decode", "shape", "contender")
+    kinds = [kind for kind in STEPS if any(kind in found for found in steps.values())]
+    for (shape, contender), found in steps.items():
+        line = [shape, contender, number(next(iter(found.values()))["floor_ms"], 1e3)]
+        for kind in kinds:
+            row = found.get(kind, empty_row())
+            line += [number(row["ms"], 1e3), number(row["times_floor"])]
+        lines.append(line)
+    names = ["one decode step", "contender", "floor µs"]
+    for kind in kinds:
+        names += [f"{kind} µs", "× floor"]
+    return _markdown(names, lines, left=2)
+
+
+def _by(rows: Sequence[Row], section: str, *names: str) -> dict[tuple[str, ...], dict[str, Row]]:
+    """The rows of a section with something to show, by these columns and then by pass."""
+    found: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        if row["section"] == section:
+            found.setdefault(tuple(row[name] for name in names), {})[row["pass"]] = row
+    return {name: passes for name, passes in found.items() if any(row["ms"] for row in passes.values())}
+
+
+def _markdown(names: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> str:
+    if not lines:
+        return ""
+    rule = ["---"] * left + ["---:"] * (len(names) - left)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (names, rule, *lines))
+
+
+def number(value: float | None, scale: float = 1.0) -> str:
     """Three significant digits, and no fewer than the integer has."""
     if value is None:
         return "–"
+    value *= scale
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
 
 

@@ -1,0 +1,84 @@
+"""How long until the operator answers: import, and the first call and gradient with cold and warm caches.
+
+    python benchmarks/start_up.py
+
+Each run is a process of its own; the median of several, except for the cold cache, which is there only once.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+PROJECT = str(Path(__file__).resolve().parents[1])
+RUN = """
+import json, sys, time
+start = time.perf_counter()
+import torch
+torch_seconds = time.perf_counter() - start
+start = time.perf_counter()
+import m2rnn
+from m2rnn import ops
+library_seconds = time.perf_counter() - start
+torch.set_num_threads(int(sys.argv[1]))
+normal = torch.randn
+inputs = [normal(2, 9, 1, 4), normal(2, 9, 1, 4), normal(2, 9, 2, 16), torch.rand(2, 9, 2), normal(2, 16, 16)]
+start = time.perf_counter()
+y, _ = ops.m2rnn_scan(*(x.requires_grad_() for x in inputs), backend="cpu")
+y.sum().backward()
+print(json.dumps([torch_seconds, library_seconds, time.perf_counter() - start]))
+"""
+
+
+def start_up(threads: int, repeats: int) -> dict[str, float]:
+    """Seconds to import torch, to import m2rnn after it, and of the first call and gradient."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "PYTHONPATH": PROJECT, "NUMBA_CACHE_DIR": cache}
+        command = [sys.executable, "-c", RUN, str(threads)]
+        runs = []
+        for _ in range(repeats + 1):
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            runs.append(json.loads(done.stdout.splitlines()[-1]))
+    middle = [statistics.median(column) for column in zip(*runs[1:], strict=True)]
+    return {
+        "import torch": middle[0],
+        "import m2rnn after torch": middle[1],
+        "first call and gradient, cold cache": runs[0][2],
+        "first call and gradient, warm cache": middle[2],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--csv", type=Path, default=Path("start_up.csv"))
+    options = parser.parse_args()
+    if options.repeats < 1 or options.threads < 1:
+        parser.error("--repeats and --threads are at least 1")
+
+    sys.path.insert(0, PROJECT)
+    from m2rnn.evaluation.machine import hardware, versions
+    from m2rnn.training.run_folder import write_whole_file
+
+    machine = {**hardware("cpu"), "threads": options.threads, **versions(("torch", "numba"))}
+    print(" · ".join(f"{name} {value}" for name, value in machine.items()))
+    seconds = start_up(options.threads, options.repeats)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["what", "seconds", *machine])
+    writer.writeheader()
+    for what, value in seconds.items():
+        print(f"{what:38} {value:7.3f} s")
+        writer.writerow({"what": what, "seconds": f"{value:.4g}", **machine})
+    write_whole_file(options.csv, text.getvalue().encode())
+    print(f"\nwrote {options.csv}")
+
+
+if __name__ == "__main__":
+    main()
