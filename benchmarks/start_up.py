@@ -1,8 +1,10 @@
 """How long until the operator answers: import, and the first call and gradient with cold and warm caches.
 
     python benchmarks/start_up.py
+    python benchmarks/start_up.py --backend cuda
 
-Each run is a process of its own; the median of several, except for the cold cache, which is there only once.
+Each run is a process of its own; the median of several, except for the cold cache, which is there only once. On a
+GPU the first call begins when the GPU runs: what PyTorch itself needs to start it is not counted.
 """
 
 import argparse
@@ -26,21 +28,30 @@ start = time.perf_counter()
 import m2rnn
 from m2rnn import ops
 library_seconds = time.perf_counter() - start
-torch.set_num_threads(int(sys.argv[1]))
+backend, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+on_gpu = backend != "cpu"
+torch.set_default_device("cuda" if on_gpu else "cpu")
 normal = torch.randn
-inputs = [normal(2, 9, 1, 4), normal(2, 9, 1, 4), normal(2, 9, 2, 16), torch.rand(2, 9, 2), normal(2, 16, 16)]
+inputs = [normal(2, 9, 1, 64), normal(2, 9, 1, 64), normal(2, 9, 2, 16), torch.rand(2, 9, 2), normal(2, 16, 16)]
+if on_gpu:
+    inputs[:3] = [x.bfloat16() for x in inputs[:3]]
+    torch.cuda.synchronize()
 start = time.perf_counter()
-y, _ = ops.m2rnn_scan(*(x.requires_grad_() for x in inputs), backend="cpu")
+y, _ = ops.m2rnn_scan(*(x.requires_grad_() for x in inputs), backend=backend)
 y.sum().backward()
+if on_gpu:
+    torch.cuda.synchronize()
 print(json.dumps([torch_seconds, library_seconds, time.perf_counter() - start]))
 """
 
 
-def start_up(threads: int, repeats: int) -> dict[str, float]:
+def start_up(backend: str, threads: int, repeats: int) -> dict[str, float]:
     """Seconds to import torch, to import m2rnn after it, and of the first call and gradient."""
     with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "PYTHONPATH": PROJECT, "NUMBA_CACHE_DIR": cache}
-        command = [sys.executable, "-c", RUN, str(threads)]
+        caches = dict.fromkeys(("XDG_CACHE_HOME", "NUMBA_CACHE_DIR", "TRITON_CACHE_DIR"), cache)
+        environment = {**os.environ, "PYTHONPATH": PROJECT, **caches}
+        command = [sys.executable, "-c", RUN, backend, str(threads)]
         runs = []
         for _ in range(repeats + 1):
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -56,6 +67,7 @@ def start_up(threads: int, repeats: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", default="cpu", choices=["cpu", "triton", "cuda"])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--csv", type=Path, default=Path("start_up.csv"))
@@ -67,9 +79,11 @@ def main() -> None:
     from m2rnn.evaluation.machine import hardware, versions
     from m2rnn.training.run_folder import write_whole_file
 
-    machine = {**hardware("cpu"), "threads": options.threads, **versions(("torch", "numba"))}
+    device = "cpu" if options.backend == "cpu" else "cuda"
+    machine = {"backend": options.backend, **hardware(device), "threads": options.threads}
+    machine |= versions(("torch", "numba", "triton", "cuda-core"))
     print(" · ".join(f"{name} {value}" for name, value in machine.items()))
-    seconds = start_up(options.threads, options.repeats)
+    seconds = start_up(options.backend, options.threads, options.repeats)
     text = io.StringIO()
     writer = csv.DictWriter(text, ["what", "seconds", *machine])
     writer.writeheader()

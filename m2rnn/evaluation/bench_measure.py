@@ -96,33 +96,43 @@ class Stopwatch:
         timing.clocks.append(SLEEP_CYCLES / (start.elapsed_time(awake) / 1e3))
 
 
-def warm_up(call: Callable[[], object], stopwatch: Stopwatch) -> Timing:
-    """Run it twice: the first call compiles, the second tells the memory that it adds on a GPU."""
+def warm_up(call: Call, stopwatch: Stopwatch) -> Timing:
+    """Run it, which compiles it; on a GPU once more, for the memory that it adds. A slow call is timed thereby."""
     timing = Timing(first_call=stopwatch.host(call))
     if not stopwatch.on_gpu:
         return timing
+    results: list[object] = []
+    trial = Timing(timing.first_call)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    results = call()
-    stopwatch.synchronize()
+    stopwatch.once(lambda: results.append(call()), trial)
     added = torch.cuda.max_memory_allocated() - before
-    if isinstance(results, list):
-        timing.extra_bytes = max(0, added - result_bytes(results))
-    return timing
+    if isinstance(results[0], list):
+        trial.extra_bytes = max(0, added - result_bytes(results[0]))
+    if trial.seconds[0] <= SLOW_SECONDS:
+        trial.seconds, trial.clocks = [], []
+    return trial
 
 
 def result_bytes(results: list[Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in results)
 
 
-def in_turns(calls: Mapping[str, Call], timings: Mapping[str, Timing], effort: Effort, stopwatch: Stopwatch) -> None:
-    """Time each call again and again, one after the other: a change of the clock meets all of them."""
-    while True:
-        missing = [name for name in calls if not timings[name].enough(effort)]
-        if not missing:
-            return
+def in_turns(
+    calls: Mapping[str, Call], timings: Mapping[str, Timing], effort: Effort, stopwatch: Stopwatch
+) -> set[str]:
+    """Time each call again and again, one after the other: a change of the clock meets all of them.
+
+    Returns those for which there was too little memory beside the others' inputs.
+    """
+    failed: set[str] = set()
+    while missing := [name for name in calls if name not in failed and not timings[name].enough(effort)]:
         for name in missing:
-            stopwatch.once(calls[name], timings[name])
+            try:
+                stopwatch.once(calls[name], timings[name])
+            except torch.OutOfMemoryError:
+                failed.add(name)
+    return failed
 
 
 # ------------------------------------------------------------------------------------ memory on a CPU, in a process

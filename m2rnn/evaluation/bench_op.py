@@ -155,7 +155,7 @@ class Bench:
         if row["section"] not in ("length", "batch") or sweep in self.stopped:
             return
         if row["status"]:
-            where = f"stopped at {row['shape']}: " if row["status"] == OUT_OF_MEMORY else ""
+            where = f"stopped at {row['shape']}: " if row["status"].startswith(OUT_OF_MEMORY) else ""
             self.stopped[sweep] = where + row["status"]
         elif row["ms"] > 1e3 * STOP_SECONDS:
             self.stopped[sweep] = f"stopped at {row['shape']}, which took {row['ms'] / 1e3:.1f} s"
@@ -181,7 +181,11 @@ class Bench:
                 self._recover(group, name, shape, failures[name])
         self.display.update(f"{progress}, {', '.join(calls)}")
         try:
-            in_turns(calls, timings, self.effort, self.stopwatch)
+            for name in in_turns(calls, timings, self.effort, self.stopwatch):
+                failures[name] = (
+                    f"{OUT_OF_MEMORY} beside the inputs of {', '.join(other for other in calls if other != name)}"
+                )
+                del timings[name]
         except RuntimeError as error:  # they ran before: the GPU broke down, or another process took its memory
             raise BenchError(f"{group.kind} of {', '.join(calls)} at {shape} failed: {why(error)}") from error
         if group.kind == "forward + backward" and self.device == "cpu" and not self.quick:

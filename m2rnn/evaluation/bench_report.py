@@ -224,9 +224,7 @@ def write_plot(path: Path, rows: Sequence[Row]) -> None:
         _draw(panel, section, kind, _curves(swept, section, kind), styles)
         handles |= {label: line for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     if handles:
-        figure.legend(
-            list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles), frameon=False
-        )
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3, frameon=False)
         figure.suptitle(", ".join(dict.fromkeys((*_layer(swept[0]), swept[0]["dtype"], swept[0]["device"]))))
     save_figure(figure, path)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from m2rnn import cli
+from m2rnn import cli, ops
 from m2rnn.evaluation import bench_op
 from m2rnn.evaluation.bench_contenders import CONTENDERS, Shape, attention_heads
 from m2rnn.evaluation.bench_floor import (
@@ -21,7 +21,7 @@ from m2rnn.evaluation.bench_floor import (
     scan_counts,
     step_counts,
 )
-from m2rnn.evaluation.bench_measure import Effort, Timing, memory_in_child
+from m2rnn.evaluation.bench_measure import Effort, Stopwatch, Timing, in_turns, memory_in_child
 from m2rnn.evaluation.bench_report import COLUMNS, SETUP, empty_row, number, read_csv, table, write_plot
 from m2rnn.training.display import Display
 
@@ -37,7 +37,8 @@ def run(folder, *options: str) -> Result:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Few points, and a processor whose speed need not be measured."""
+    """Few points, a processor whose speed need not be measured, and source files that stay the same."""
+    monkeypatch.setattr(bench_op, "kernels", lambda: "89abcdef")
     monkeypatch.setattr(bench_op, "cpu_peaks", lambda: Peaks(special=None, multiply_adds=1e10, bytes=None))
     monkeypatch.setattr(bench_op, "sweep_points", lambda on_gpu, quick: ([4, 8, 16], [1, 2], 4))
 
@@ -50,7 +51,7 @@ def groups_measured(monkeypatch):
 
     def recording(calls, *rest):
         groups.append(list(calls))
-        in_turns(calls, *rest)
+        return in_turns(calls, *rest)
 
     monkeypatch.setattr(bench_op, "in_turns", recording)
     return groups
@@ -157,6 +158,17 @@ def test_the_published_figures_stand_beside_the_kernels_on_an_h100_alone():
     assert "measured earlier" not in table([row("NVIDIA H200", "cuda", "forward")])
 
 
+def test_the_digest_of_the_kernels_follows_their_source(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    monkeypatch.setattr(ops, "__file__", str(tmp_path / "__init__.py"))
+    (tmp_path / "cuda").mkdir()
+    digests = set()
+    for source in ("a", "b"):
+        (tmp_path / "cuda" / "forward.cu").write_text(source)
+        digests |= {bench_op.kernels(), bench_op.kernels()}
+    assert len(digests) == 2
+
+
 # -------------------------------------------------------------------------------------------------------- a run
 
 
@@ -216,7 +228,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, groups_measured):
     def interrupted(*arguments):
         if len(groups_measured) == 2:
             raise KeyboardInterrupt
-        recording(*arguments)
+        return recording(*arguments)
 
     monkeypatch.setattr(bench_op, "in_turns", interrupted)
     stopped = run(tmp_path, "--no-sweep")
@@ -300,7 +312,7 @@ def test_a_contender_that_breaks_the_gpu_is_marked_so_and_left_out_from_then_on(
     bench = bench_op.Bench(tmp_path, "cpu", True, Display())
     bench.device = "cuda"
     group = bench_op.Group("length", "forward", (("sdpa", Shape(1, 4, 2, 4, 8)),))
-    with pytest.raises(bench_op.BenchError, match="broke the GPU's context.*the same command goes on without it"):
+    with pytest.raises(bench_op.BenchError, match=r"broke the GPU's context.*the same command goes on without it"):
         bench._recover(group, *group.entries[0], "illegal memory access")
     again = bench_op.Bench(tmp_path, "cpu", True, Display())
     again.run([group, replace(group, entries=(("sdpa", Shape(1, 8, 2, 4, 8)),))])
@@ -322,6 +334,16 @@ def test_timing_ends_after_enough_repeats_or_one_slow_call():
     assert not Timing(0, seconds=[0.01] * 4).enough(effort)
     assert Timing(0, seconds=[0.01] * 5).enough(effort)
     assert Timing(0, seconds=[1.5]).enough(effort)
+
+
+def test_one_that_does_not_fit_beside_the_others_is_left_out():
+    def hungry():
+        raise torch.OutOfMemoryError
+
+    timings = {"small": Timing(0), "large": Timing(0)}
+    failed = in_turns({"small": int, "large": hungry}, timings, Effort(2, 2, 1.0), Stopwatch("cpu"))
+    assert failed == {"large"}
+    assert len(timings["small"].seconds) == 2
 
 
 def test_memory_of_the_reference_loop_is_that_of_its_states():
