@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m2rnn.ops import reference
-from m2rnn.ops.shapes import TRITON_CHUNK, chunk_length, head_count, output_dtype, saved_states, state_dtype
+from m2rnn.ops import cuda, reference
+from m2rnn.ops.shapes import CUDA_CHUNK, TRITON_CHUNK, chunk_length, head_count, output_dtype, saved_states, state_dtype
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -143,7 +143,7 @@ def _why_unavailable(backend: str) -> str | None:
                 return "triton is not installed: pip install triton"
             return None if _triton_is_interpreted() or torch.cuda.is_available() else "no GPU that PyTorch can use"
         case "cuda":
-            return "not built yet"
+            return cuda.why_unavailable()
     return None
 
 
@@ -165,7 +165,7 @@ def _why_not(backend: str, q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: T
         case ("triton", "cpu") if _triton_is_interpreted():
             return None
         case ("cuda", "cuda"):
-            return None
+            return cuda.why_not(q, k, v, f, weight)
     return f"the tensors are on {q.device.type}"
 
 
@@ -377,11 +377,12 @@ def _scan_fake(
     name = _resolve(backend, q, k, v, f, weight)
     if name == "reference":
         return y, final, final.new_empty(0)
-    count = 0
-    if save:
-        chunk = TRITON_CHUNK if name == "triton" else chunk_length(q.shape[1])
-        count = saved_states(q.shape[0], q.shape[1], cu_seqlens is not None, chunk)
-    return y, final, final.new_empty(count, *state)
+    chunk = {"cuda": CUDA_CHUNK, "triton": TRITON_CHUNK}.get(name) or chunk_length(q.shape[1])
+    # CUDA's chunks start at multiples of their length, packed or not; the others' where a sequence starts
+    packed = cu_seqlens is not None and name != "cuda"
+    count = saved_states(q.shape[0], q.shape[1], packed, chunk) if save else 0
+    saved_dtype = y.dtype if name == "cuda" and y.dtype == torch.bfloat16 else dtype
+    return y, final, final.new_empty(count, *state, dtype=saved_dtype)
 
 
 @torch.library.impl(_LIBRARY, "scan_backward", "CompositeExplicitAutograd")

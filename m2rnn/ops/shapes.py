@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 TRITON_CHUNK = 64  #: steps between the states that the Triton kernels save
+CUDA_CHUNK = 32  #: steps between the states that the CUDA kernels save
 
 
 def head_count(q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor) -> int:

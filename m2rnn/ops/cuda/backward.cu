@@ -19,7 +19,8 @@ struct Backward {
     void* dv;              // [B, steps, heads, V], float32 if dv_float
     float* df;             // [B, steps, heads]
     float* dweight;        // [lanes, heads, V, V], added to
-    i64 steps, window_begin, window_end;
+    u32* finished;         // [lanes · groups of heads], slices done; null if there is one slice
+    i64 steps, window_begin, window_end, slice;  // the slice's length is a multiple of CHUNK
     int heads, key_dim, key_stride, weight_repeat, sequences, lanes, dv_float;
     float clip;
 };
@@ -79,6 +80,37 @@ __device__ __forceinline__ void unpack(float (&h)[NT][4], const Packed& packed) 
             h[n][2 * half + 1] = high;
         }
 }
+
+// A saved state, kept as it was read: to convert it at once would wait for it.
+struct Start {
+#if PARTS == 1
+    typedef u32 pair_t;
+#else
+    typedef float2 pair_t;
+#endif
+    pair_t pairs[NT][2];
+
+    __device__ __forceinline__ void load(const saved_t* state, int first_row, int rows, int lane) {
+        for_pairs(lane, [&](int n, int i, int row, int column) {
+            pairs[n][i / 2] = {};
+            if (first_row + row < rows) pairs[n][i / 2] = *(const pair_t*)(state + (i64)(first_row + row) * V + column);
+        });
+    }
+    __device__ __forceinline__ void unpack(float (&h)[NT][4]) const {
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+#if PARTS == 1
+                h[n][2 * half] = low_bf16(pairs[n][half]);
+                h[n][2 * half + 1] = high_bf16(pairs[n][half]);
+#else
+                h[n][2 * half] = pairs[n][half].x;
+                h[n][2 * half + 1] = pairs[n][half].y;
+#endif
+            }
+    }
+};
 
 __device__ __forceinline__ void add(float4& sum, const float4 x) { sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w; }
 
@@ -147,13 +179,19 @@ __device__ __forceinline__ float sum_lanes(float (&x)[8], int lane) {
     return x[0];
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) m2rnn_backward(const Backward p) {
+extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_backward(const Backward p) {
     extern __shared__ __align__(16) char memory[];
     BackwardShared& shared = *(BackwardShared*)memory;
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32 % WARPS, slot = thread / 32 / WARPS;
     const int slot_thread = thread % (32 * WARPS), row = 16 * TILES * warp;
     const u32 groups = p.heads / SLOTS;
-    const int first_head = blockIdx.x % groups * SLOTS, head = first_head + slot;
+    const u32 unit = blockIdx.x % (groups * p.lanes), slice = blockIdx.x / (groups * p.lanes), unit_lane = unit / groups;
+    const int first_head = unit % groups * SLOTS, head = first_head + slot;
+    const i64 slices = (p.window_end - p.window_begin + p.slice - 1) / p.slice;
+    const i64 slice_begin = p.window_begin + (slices - 1 - slice) * p.slice;  // the last comes first
+    const i64 slice_end = slice_begin + p.slice < p.window_end ? slice_begin + p.slice : p.window_end;
+    u32* finished = p.finished ? p.finished + unit : nullptr;
+    wait_for_slice(finished, slice);
 
     Matrix weight, transposed_weight;
     load_matrix(weight, p.weight + head / p.weight_repeat * V * V, false, lane);
@@ -169,11 +207,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) m2rnn_backward
     const int q_head = first_head / p.q.repeat, q_group = first_head % p.q.repeat / SLOTS;
     const int k_head = first_head / p.k.repeat, k_group = first_head % p.k.repeat / SLOTS;
 
-    for (int sequence = blockIdx.x / groups; sequence < p.sequences; sequence += p.lanes) {
+    for (int sequence = unit_lane; sequence < p.sequences; sequence += p.lanes) {
         const i64 batch = p.offsets ? 0 : sequence;
         const i64 begin = p.offsets ? p.offsets[sequence] : 0, end = p.offsets ? p.offsets[sequence + 1] : p.steps;
-        const i64 first_step = begin > p.window_begin ? begin : p.window_begin;
-        const i64 last_step = (end < p.window_end ? end : p.window_end) - 1;
+        const i64 first_step = begin > slice_begin ? begin : slice_begin;
+        const i64 last_step = (end < slice_end ? end : slice_end) - 1;
         if (first_step > last_step) continue;
 
         const input_t* q = (const input_t*)p.q.data + batch * p.q.batch + q_head * p.q.head;
@@ -188,7 +226,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) m2rnn_backward
 #pragma unroll
         for (int m = 0; m < TILES; m++) load_state(d.carry[m], p.carry + state_offset, row + 16 * m, p.key_dim, lane);
 
-        float h[TILES][NT][4];  // the state at the start of the chunk whose inputs are on their way
+        Start start[TILES];  // the states before the chunk whose inputs are on their way
+        float next_f = 1.f;
         auto stage_chunk = [&](i64 first) {
             stage<CHUNK, ROWS, THREADS>(shared.q, q + first * p.q.time, p.q.time, first, begin, end, p.key_dim, thread);
             stage<CHUNK, ROWS, THREADS>(shared.k, k + first * p.k.time, p.k.time, first, begin, end, p.key_dim, thread);
@@ -199,13 +238,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) m2rnn_backward
 #pragma unroll
             for (int m = 0; m < TILES; m++)
                 if (first > begin)
-                    load_saved(h[m], p.saved + (index * p.heads + head) * p.key_dim * V, row + 16 * m, p.key_dim, lane);
-                else
-                    load_state(h[m], p.initial ? p.initial + state_offset : nullptr, row + 16 * m, p.key_dim, lane);
+                    start[m].load(p.saved + (index * p.heads + head) * p.key_dim * V, row + 16 * m, p.key_dim, lane);
             // f = 1 outside of the sequence leaves the carry as it is
-            for (int i = slot_thread; i < CHUNK; i += 32 * WARPS)
-                shared.f[slot][i] = first + i >= begin && first + i < end
-                                        ? load_as_float(p.f.data, f_offset + (first + i) * p.f.time, GATE) : 1.f;
+            next_f = 1.f;
+            if (slot_thread < CHUNK && first + slot_thread >= begin && first + slot_thread < end)
+                next_f = load_as_float(p.f.data, f_offset + (first + slot_thread) * p.f.time, GATE);
         };
 
         const i64 last_chunk = last_step / CHUNK * CHUNK;
@@ -214,11 +251,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) m2rnn_backward
         for (i64 first = last_chunk; first + CHUNK > first_step; first -= CHUNK) {
             const int low = (int)(begin > first ? begin - first : 0);  // the chunk's steps in the sequence: [low, high)
             const int high = (int)(end - first < CHUNK ? end - first : CHUNK);
+            if (slot_thread < CHUNK) shared.f[slot][slot_thread] = next_f;
             copies_done();
             __syncthreads();
+            float h[TILES][NT][4];
             Packed packed[TILES];
 #pragma unroll
-            for (int m = 0; m < TILES; m++) pack(packed[m], h[m]);
+            for (int m = 0; m < TILES; m++) {
+                if (first > begin)
+                    start[m].unpack(h[m]);
+                else
+                    load_state(h[m], p.initial ? p.initial + state_offset : nullptr, row + 16 * m, p.key_dim, lane);
+                pack(packed[m], h[m]);
+            }
 
             const u32 q_tile = shared_address(shared.q), k_tile = shared_address(shared.k);
             const u32 v_tile = shared_address(shared.v[slot]), dy_tile = shared_address(shared.dy[slot]);
@@ -230,7 +275,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) m2rnn_backward
 #pragma unroll
                 for (int m = 0; m < TILES; m++) load_rows<CHUNK>(keys[m], k_tile, octet, row + 16 * m, true, lane);
                 load_columns<CHUNK>(values, v_tile, octet, true, lane);
-#pragma unroll
+#pragma unroll UNROLLED
                 for (int step = 0; step < 8; step++)
 #pragma unroll
                     for (int m = 0; m < TILES; m++) {
@@ -280,7 +325,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) m2rnn_backward
                     for (int k = 0; k < KS; k++) d.v[k][i] = 0.f;
                 }
 
-#pragma unroll
+#pragma unroll UNROLLED
                 for (int step = 6; step >= 0; step -= 2)
 #pragma unroll
                     for (int m = 0; m < TILES; m++) {
@@ -380,12 +425,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) m2rnn_backward
                 *(float2*)(sums + (16 * k + matrix_row) * V + column) = make_float2(d.weight[k][n][i], d.weight[k][n][i + 1]);
         });
     __syncthreads();
-    float* dweight = p.dweight + ((i64)(blockIdx.x / groups) * p.heads + head) * V * V;
+    float* dweight = p.dweight + ((i64)unit_lane * p.heads + head) * V * V;
     for (int i = slot_thread; i < V * V; i += 32 * WARPS) {
         float sum = 0.f;
         for (int w = 0; w < WARPS; w++) sum += ((const float*)shared.kept)[(slot * WARPS + w) * V * V + i];
         dweight[i] += sum;
     }
+    finish_slice(finished, slice);
 }
 
 // out[batch, window_begin + step] = Σ over groups of partial[group, batch, step], in the groups' order; four channels a

@@ -31,6 +31,8 @@ typedef u16 input_t;
 typedef float input_t;
 #endif
 
+constexpr int UNROLLED = PARTS == 1 && V <= 32 ? 8 : 1;  // steps, where it pays for the time to compile
+
 struct Strided {
     const void* data;
     i64 batch, time, head;  // strides in elements; the channels' is 1
@@ -95,12 +97,12 @@ __device__ __forceinline__ float tanh_of(float x) {
 
 // Clamps to [-limit, limit]; a NaN stays a NaN. Gradients rarely reach the limit, and to test for that is cheaper.
 __device__ __forceinline__ void clamp(float (&x)[NT][4], float limit) {
-    bool beyond = false;
+    float sum = 0.f;
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) beyond |= fabsf(x[n][i]) > limit;
-    if (__any_sync(0xffffffffu, beyond))
+        for (int i = 0; i < 4; i++) sum += fabsf(x[n][i]);
+    if (__any_sync(0xffffffffu, !(sum <= limit)))
 #pragma unroll
         for (int n = 0; n < NT; n++)
 #pragma unroll
@@ -349,6 +351,33 @@ __device__ constexpr int tile_bytes() {
     return PARTS * LENGTH * (COLUMNS + PAD) * 2;
 }
 
+// --------------------------------------------------------------------------------------------------- slices
+//
+// Where heads do not divide evenly among the multiprocessors, time is cut into slices, a block for each: the state goes
+// from one slice's block to the next through global memory, and whichever multiprocessor is free takes the next block.
+// Blocks start in the order of their index, so the one that a block waits for has started before it.
+
+__device__ __forceinline__ void wait_for_slice(const u32* finished, u32 slice) {
+    if (!finished || slice == 0) return;
+    if (threadIdx.x == 0) {
+        u32 count;
+        while (true) {
+            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(finished) : "memory");
+            if (count >= slice) break;
+            __nanosleep(200);
+        }
+    }
+    __syncthreads();
+}
+__device__ __forceinline__ void finish_slice(u32* finished, u32 slice) {
+    if (!finished) return;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(finished), "r"(slice + 1) : "memory");
+    }
+}
+
 // --------------------------------------------------------------------------------------------------- states
 
 // Calls what(register, row, column) for each pair of neighbours that a lane holds of a 16 × V tile.
@@ -378,24 +407,20 @@ __device__ __forceinline__ void store_state(const float (&h)[NT][4], float* stat
 // States saved for the backward pass: bfloat16, as the tensor cores see them, for bfloat16 inputs; else float32.
 #if PARTS == 1
 typedef u16 saved_t;
-__device__ __forceinline__ void load_saved(float (&h)[NT][4], const saved_t* state, int first_row, int rows, int lane) {
-    for_pairs(lane, [&](int n, int i, int row, int column) {
-        const u32 pair = first_row + row < rows ? *(const u32*)(state + (i64)(first_row + row) * V + column) : 0u;
-        h[n][i] = low_bf16(pair);
-        h[n][i + 1] = high_bf16(pair);
-    });
-}
+#else
+typedef float saved_t;
+#endif
+
 __device__ __forceinline__ void save_state(const float (&h)[NT][4], saved_t* state, int first_row, int rows, int lane) {
+#if PARTS == 1
     for_pairs(lane, [&](int n, int i, int row, int column) {
         if (first_row + row < rows)
             *(u32*)(state + (i64)(first_row + row) * V + column) = pack_bf16(h[n][i], h[n][i + 1]);
     });
-}
 #else
-typedef float saved_t;
-#define load_saved load_state
-#define save_state store_state
+    store_state(h, state, first_row, rows, lane);
 #endif
+}
 
 // Z = tanh(H W + k vᵀ) of one step; x holds k vᵀ.
 __device__ __forceinline__ void update(float (&z)[NT][4], const Packed& state, const Matrix& weight) {

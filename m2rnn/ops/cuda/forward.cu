@@ -11,8 +11,9 @@ struct Forward {
     saved_t* saved;        // [B, (steps - 1) / CHUNK, heads, key_dim, V] or null
     void* y;               // [B, steps, heads, V]
     const i64* offsets;    // [sequences + 1] of packed sequences, or null
-    i64 steps;
-    int heads, key_dim, weight_repeat;
+    u32* finished;         // [sequences · groups of heads], slices done; null if there is one slice
+    i64 steps, slice;      // the slice's length is a multiple of CHUNK
+    int heads, key_dim, weight_repeat, sequences;
 };
 
 struct ForwardShared {
@@ -23,14 +24,17 @@ struct ForwardShared {
     float y[2][SLOTS][WARPS][STAGE][Y_ROW];
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) m2rnn_forward(const Forward p) {
+extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_forward(const Forward p) {
     extern __shared__ __align__(16) char memory[];
     ForwardShared& shared = *(ForwardShared*)memory;
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32 % WARPS, slot = thread / 32 / WARPS;
     const u32 groups = p.heads / SLOTS;
-    const int first_head = blockIdx.x % groups * SLOTS, head = first_head + slot;
-    const i64 sequence = blockIdx.x / groups, batch = p.offsets ? 0 : sequence;
+    const u32 unit = blockIdx.x % (groups * p.sequences), slice = blockIdx.x / (groups * p.sequences);
+    const int first_head = unit % groups * SLOTS, head = first_head + slot;
+    const i64 sequence = unit / groups, batch = p.offsets ? 0 : sequence;
     const i64 begin = p.offsets ? p.offsets[sequence] : 0, end = p.offsets ? p.offsets[sequence + 1] : p.steps;
+    const i64 from = slice * p.slice > begin ? slice * p.slice : begin;  // the slice's part of the sequence
+    const i64 to = (slice + 1) * p.slice < end ? (slice + 1) * p.slice : end;
     const int row = 16 * TILES * warp;
     const int slot_thread = thread % (32 * WARPS);
 
@@ -40,11 +44,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) m2rnn_forward(
     const i64 f_offset = batch * p.f.batch + head / p.f.repeat * p.f.head;
 
     const i64 state_offset = (sequence * p.heads + head) * p.key_dim * V;
+    u32* finished = p.finished ? p.finished + unit : nullptr;
+    wait_for_slice(finished, slice);
+    const float* start = from > begin ? p.final : p.initial;
     float h[TILES][NT][4];
     Packed packed[TILES];
 #pragma unroll
     for (int m = 0; m < TILES; m++) {
-        load_state(h[m], p.initial ? p.initial + state_offset : nullptr, row + 16 * m, p.key_dim, lane);
+        load_state(h[m], start ? start + state_offset : nullptr, row + 16 * m, p.key_dim, lane);
         pack(packed[m], h[m]);
     }
     Matrix weight;
@@ -68,14 +75,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) m2rnn_forward(
         __syncthreads();
     };
 
-    const i64 aligned = begin / STAGE * STAGE;
-    if (begin < end) {
+    const i64 aligned = from / STAGE * STAGE;
+    if (from < to) {
         stage_inputs(aligned, 0);
         inputs_arrived(0);
     }
     int buffer = 0;
-    for (i64 first = begin < end ? aligned : end; first < end; first += STAGE, buffer ^= 1) {
-        if (first + STAGE < end) stage_inputs(first + STAGE, buffer ^ 1);
+    for (i64 first = from < to ? aligned : to; first < to; first += STAGE, buffer ^= 1) {
+        if (first + STAGE < to) stage_inputs(first + STAGE, buffer ^ 1);
         if (p.saved && first > begin && first % CHUNK == 0) {
             const i64 index = batch * ((p.steps - 1) / CHUNK) + first / CHUNK - 1;
 #pragma unroll
@@ -104,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) m2rnn_forward(
                 clear(z[m]);
                 add_outer(z[m], keys[m], values, contracted_mask(0, lane));
             }
-#pragma unroll
+#pragma unroll UNROLLED
             for (int step = 0; step < 8; step++)
 #pragma unroll
                 for (int m = 0; m < TILES; m++) {
@@ -146,6 +153,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) m2rnn_forward(
             store_pair(p.y, y_offset + (first + step) * (p.heads * V) + column, sum.x, sum.y);
         }
     }
+    if (from < to || slice == 0)  // an empty sequence ends as it starts
 #pragma unroll
-    for (int m = 0; m < TILES; m++) store_state(h[m], p.final + state_offset, row + 16 * m, p.key_dim, lane);
+        for (int m = 0; m < TILES; m++) store_state(h[m], p.final + state_offset, row + 16 * m, p.key_dim, lane);
+    finish_slice(finished, slice);
 }

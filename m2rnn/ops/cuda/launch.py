@@ -1,10 +1,11 @@
 """The CUDA backend: which kernel variant a problem takes, its arguments and its memory.
 
-The result is the same bits on every run: each sum has one order, which follows from the shapes alone.
+The result is the same bits on every run: each sum has one order, which follows from the shapes and the GPU alone.
 """
 
 import ctypes
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,11 +14,15 @@ from torch import Tensor
 
 from m2rnn.ops.cuda.compiler import cubin
 from m2rnn.ops.cuda.driver import Kernel
+from m2rnn.ops.shapes import CUDA_CHUNK as CHUNK
 from m2rnn.ops.shapes import head_count, output_dtype
 
-CHUNK = 32  # steps between saved states
 STAGE = 32  # steps in shared memory at a time in the forward pass, as in forward.cu
 PAD = 8  # as in common.cuh
+SHARED_BYTES = 227 << 10  # of a block
+SLICE = 128  # steps of a slice of time, long against what a block takes to start
+PARTIAL_BYTES = 64 << 20  # for sums of dq and dk over groups of heads
+DWEIGHT_BYTES = 64 << 20  # for sums of dW over sequences
 
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # INPUT and GATE
 _PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
@@ -41,9 +46,9 @@ class _Strided(ctypes.Structure):
 class _Forward(ctypes.Structure):
     _fields_ = (
         *((name, _Strided) for name in "qkvf"),
-        *((name, ctypes.c_void_p) for name in ("weight", "initial", "final", "saved", "y", "offsets")),
-        ("steps", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("heads", "key_dim", "weight_repeat")),
+        *((name, ctypes.c_void_p) for name in ("weight", "initial", "final", "saved", "y", "offsets", "finished")),
+        *((name, ctypes.c_int64) for name in ("steps", "slice")),
+        *((name, ctypes.c_int32) for name in ("heads", "key_dim", "weight_repeat", "sequences")),
     )
 
 
@@ -51,8 +56,8 @@ class _Backward(ctypes.Structure):
     _fields_ = (
         *((name, _Strided) for name in ("q", "k", "v", "f", "dy")),
         *((name, ctypes.c_void_p) for name in ("weight", "initial", "saved", "offsets", "carry")),
-        *((name, ctypes.c_void_p) for name in ("dq", "dk", "dv", "df", "dweight")),
-        *((name, ctypes.c_int64) for name in ("steps", "window_begin", "window_end")),
+        *((name, ctypes.c_void_p) for name in ("dq", "dk", "dv", "df", "dweight", "finished")),
+        *((name, ctypes.c_int64) for name in ("steps", "window_begin", "window_end", "slice")),
         *((name, ctypes.c_int32) for name in ("heads", "key_dim", "key_stride", "weight_repeat", "sequences", "lanes")),
         ("dv_float", ctypes.c_int32),
         ("clip", ctypes.c_float),
@@ -78,7 +83,6 @@ class _Variant:
     slots: int
     dtype: torch.dtype
     gate: torch.dtype
-    min_blocks: int = 1
     clip: bool = False
 
     @property
@@ -91,7 +95,7 @@ class _Variant:
             ("V", self.value_dim), ("TILES", self.tiles), ("WARPS", self.warps), ("SLOTS", self.slots),
             ("CHUNK", CHUNK),
             ("INPUT", _TYPES[self.dtype]), ("GATE", _TYPES[self.gate]), ("PARTS", self.parts),
-            ("MIN_BLOCKS", self.min_blocks), ("CLIP", int(self.clip)),
+            ("CLIP", int(self.clip)),
         )  # fmt: skip
 
     @property
@@ -124,16 +128,30 @@ class _Variant:
 
 
 @lru_cache(maxsize=256)
-def _kernel(name: str, variant: _Variant, shared_bytes: int, device: int) -> Kernel:
-    capability = torch.cuda.get_device_capability(device)
-    code = cubin(name, variant.macros, capability)
-    return Kernel(code, f"m2rnn_{name}", variant.threads, shared_bytes, device)
+def _kernel(name: str, variant: _Variant, device: int) -> Kernel:
+    source = "forward" if name == "forward" else "backward"
+    code = cubin(source, variant.macros, torch.cuda.get_device_capability(device))
+    threads, shared_bytes = {
+        "forward": (variant.threads, variant.forward_shared_bytes),
+        "backward": (variant.threads, variant.backward_shared_bytes),
+        "sum": (128, 0),
+    }[name]
+    return Kernel(code, f"m2rnn_{name}", threads, shared_bytes, device)
 
 
-@lru_cache(maxsize=256)
-def _kernel_sum(variant: _Variant, device: int) -> Kernel:
-    code = cubin("backward", variant.macros, torch.cuda.get_device_capability(device))
-    return Kernel(code, "m2rnn_sum", 128, 0, device)
+def why_not(q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor) -> str | None:
+    """Why these kernels cannot take tensors of this device, dtype and shape, or None if they can."""
+    major, minor = torch.cuda.get_device_capability(q.device)
+    if major < 8:
+        gpu = torch.cuda.get_device_name(q.device)
+        return f"{gpu} has compute capability {major}.{minor}, and the CUDA kernels need 8.0"
+    if torch.float64 in (x.dtype for x in (q, k, v, f, weight)):
+        return "the CUDA kernels have a float32 state, not float64"
+    value_dim, dtype = v.shape[-1], output_dtype(q, k, v)
+    widest = 64 if dtype == torch.bfloat16 else 32
+    if value_dim not in (8, 16, 32, 64) or value_dim > widest:
+        return f"V is {value_dim}, and the CUDA kernels take 8, 16, 32 and, for bfloat16, 64"
+    return None
 
 
 def _aligned(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -150,9 +168,43 @@ def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-MIN_BLOCKS = 1
-TILES = 1
-SLOTS = 0
+def _dense(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype).contiguous()
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _tiles(heads: int, key_dim: int, device: torch.device) -> int:
+    """Tiles of 16 rows a warp: two need fewer instructions, one gives few heads more warps to hide latency with."""
+    return 2 if key_dim > 16 and heads >= 3 * _multiprocessors(device) else 1
+
+
+def _slots(heads: int, shared_heads: int, warps: int, device: torch.device) -> int:
+    """Heads a block of the backward pass: they share q, k and sums of dq and dk, but leave no multiprocessor idle."""
+    busiest = -(-heads // _multiprocessors(device))
+    return max(s for s in range(1, 5) if s == 1 or (shared_heads % s == 0 and s * warps <= 16 and s <= busiest))
+
+
+def _slices(units: int, steps: int, device: torch.device) -> tuple[int, int, Tensor | None]:
+    """How many slices of time, their length, and counters of those done, if units spread unevenly over the GPU."""
+    busiest = -(-units // _multiprocessors(device))
+    if busiest == 1 or busiest * _multiprocessors(device) < 1.03 * units or steps < 4 * SLICE:
+        return 1, max(steps, 1), None
+    return -(-steps // SLICE), SLICE, torch.zeros(units, dtype=torch.int32, device=device)
+
+
+def _row_groups(variant: Callable[[int], _Variant], key_dim: int) -> list[slice]:
+    """Rows of the state to work on together: all of them, unless a block has not the shared memory or threads.
+
+    Rows are independent of each other, so a state of many rows is several of few.
+    """
+    rows = key_dim
+    while rows > 16 and (variant(rows).backward_shared_bytes > SHARED_BYTES or variant(rows).threads > 512):
+        rows = -(-rows // 32) * 16
+    return [slice(first, min(first + rows, key_dim)) for first in range(0, key_dim, rows)]
 
 
 def forward(
@@ -166,40 +218,35 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(y, final state, saved states)``: the saved states [n, H, K, V] are where ``backward`` starts its chunks."""
+    groups = _row_groups(lambda rows: _variant(rows, 1, 1, q, k, v, f), q.shape[3])
+    if len(groups) > 1:
+        parts = [forward(q[..., g], k[..., g], v, f, weight, _rows(initial_state, g), cu_seqlens, save) for g in groups]
+        ys, finals, saves = (list(x) for x in zip(*parts, strict=True))
+        return _sum_parts(ys), torch.cat(finals, 2), torch.cat(saves, 2)
+
     heads, dtype = head_count(q, k, v, f, weight), output_dtype(q, k, v)
     batch, steps, _, key_dim = q.shape
-    value_dim = v.shape[3]
     q, k, v = (_aligned(x, dtype) for x in (q, k, v))
     weight = weight.float().contiguous()
-    initial = None if initial_state is None else initial_state.float().contiguous()
-    offsets = None if cu_seqlens is None else cu_seqlens.long().contiguous()
+    initial, offsets = _dense(initial_state, torch.float32), _dense(cu_seqlens, torch.int64)
     sequences = batch if offsets is None else len(offsets) - 1
-    final = q.new_empty(sequences, heads, key_dim, value_dim, dtype=torch.float32)
-    y = q.new_empty(batch, steps, heads, value_dim)
-    saved_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    state = (heads, key_dim, v.shape[3])
+    final = q.new_empty(sequences, *state, dtype=torch.float32)
+    y = q.new_empty(batch, steps, heads, v.shape[3])
     count = batch * (max(steps - 1, 0) // CHUNK) if save else 0
-    saved = q.new_empty(count, heads, key_dim, value_dim, dtype=saved_dtype)
-    tiles = TILES
-    variant = _Variant(value_dim, tiles, -(-key_dim // (16 * tiles)), 1, dtype, f.dtype, MIN_BLOCKS)
-    kernel = _kernel("forward", variant, variant.forward_shared_bytes, q.device.index)
-    arguments = _Forward(
-        *(_Strided.of(x, heads) for x in (q, k, v, f)),
-        *(_pointer(x) for x in (weight, initial, final, saved if save else None, y, offsets)),
-        steps, heads, key_dim, heads // weight.shape[0],
-    )  # fmt: skip
+    saved = q.new_empty(count, *state, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
+
     with torch.cuda.device(q.device):
-        kernel(sequences * heads // variant.slots, arguments, q.device)
+        variant = _variant(key_dim, _tiles(sequences * heads, key_dim, q.device), 1, q, k, v, f)
+        units = sequences * heads
+        slices, length, finished = _slices(units, steps, q.device)
+        arguments = _Forward(
+            *(_Strided.of(x, heads) for x in (q, k, v, f)),
+            *(_pointer(x) for x in (weight, initial, final, saved if count else None, y, offsets, finished)),
+            steps, length, heads, key_dim, heads // weight.shape[0], sequences,
+        )  # fmt: skip
+        _kernel("forward", variant, q.device.index)(slices * units, arguments, q.device)
     return y, final, saved
-
-
-PARTIAL_BYTES = 96 << 20  # for sums of dq and dk over groups of heads
-DWEIGHT_BYTES = 64 << 20  # for sums of dW over sequences
-
-
-def _slots(sequences: int, heads: int, shared_heads: int, warps: int, sms: int) -> int:
-    """Heads a block: those that keep the busiest multiprocessor's heads few, and of these the most, for fewer sums."""
-    fits = [s for s in range(1, 5) if shared_heads % s == 0 and s * warps <= 16]
-    return min(fits, key=lambda s: (s * -(-sequences * heads // s // sms), -s))
 
 
 def backward(
@@ -216,67 +263,95 @@ def backward(
     state_clip: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v, f, the weight and the initial state, in the dtypes of these."""
+    row_groups = _row_groups(lambda rows: _variant(rows, 1, 1, q, k, v, f), q.shape[3])
+    if len(row_groups) > 1:
+        parts = [
+            backward(
+                dy, _rows(d_final, g), q[..., g], k[..., g], v, f, weight, _rows(initial_state, g), saved[:, :, g],
+                cu_seqlens, state_clip,
+            )
+            for g in row_groups
+        ]  # fmt: skip
+        dqs, dks, dvs, dfs, dweights = ([part[i] for part in parts] for i in range(5))
+        d_initials = [part[5] for part in parts if part[5] is not None]
+        return (
+            torch.cat(dqs, 3), torch.cat(dks, 3), _sum_parts(dvs), _sum_parts(dfs), _sum_parts(dweights),
+            torch.cat(d_initials, 2) if d_initials else None,
+        )  # fmt: skip
+
     inputs = (q, k, v, f, weight)
     heads, dtype = head_count(*inputs), output_dtype(q, k, v)
     batch, steps, _, key_dim = q.shape
     value_dim = v.shape[3]
     q, k, v, dy = (_aligned(x, dtype) for x in (q, k, v, dy))
-    weight = weight.float().contiguous()
-    initial = None if initial_state is None else initial_state.float().contiguous()
-    offsets = None if cu_seqlens is None else cu_seqlens.long().contiguous()
+    weight, saved = weight.float().contiguous(), saved.contiguous()
+    initial, offsets = _dense(initial_state, torch.float32), _dense(cu_seqlens, torch.int64)
     sequences = batch if offsets is None else len(offsets) - 1
-    state_shape = (sequences, heads, key_dim, value_dim)
     if d_final is None:
-        carry = q.new_zeros(state_shape, dtype=torch.float32)
+        carry = q.new_zeros(sequences, heads, key_dim, value_dim, dtype=torch.float32)
     else:
         carry = d_final.to(torch.float32, copy=True).contiguous()
-
-    repeats = [heads // x.shape[2] for x in (q, k)]
-    sms = torch.cuda.get_device_properties(q.device).multi_processor_count
-    tiles = TILES
-    slots = SLOTS or _slots(sequences, heads, math.gcd(*repeats), -(-key_dim // 16), sms)
-    variant = _Variant(value_dim, tiles, -(-key_dim // (16 * tiles)), slots, dtype, f.dtype, 1, state_clip is not None)
-    kernel = _kernel("backward", variant, variant.backward_shared_bytes, q.device.index)
     lanes = max(1, min(sequences, DWEIGHT_BYTES // (heads * value_dim**2 * 4)))
-    key_stride = -(-key_dim // 8) * 8
+    dweight = q.new_zeros(lanes, heads, value_dim, value_dim, dtype=torch.float32)
     dv = q.new_empty(batch, steps, heads, value_dim, dtype=dtype if v.shape[2] == heads else torch.float32)
     df = q.new_empty(batch, steps, heads, dtype=torch.float32)
-    dweight = q.new_zeros(lanes, heads, value_dim, value_dim, dtype=torch.float32)
-
+    key_stride = -(-key_dim // 8) * 8
     outs = [q.new_empty(batch, steps, x.shape[2], key_stride) for x in (q, k)]
-    groups = [repeat // slots for repeat in repeats]
-    step_bytes = sum(4 * g * x.shape[2] * key_stride * batch for g, x in zip(groups, (q, k), strict=True) if g > 1)
-    window = steps if step_bytes == 0 else max(CHUNK, PARTIAL_BYTES // step_bytes // CHUNK * CHUNK)
-    window = max(1, min(window, steps))
-    partials = [
-        x if g == 1 else q.new_empty(g * batch * window * x.shape[2] * key_stride, dtype=torch.float32)
-        for g, x in zip(groups, outs, strict=True)
-    ]
+
     with torch.cuda.device(q.device):
+        repeats = [heads // x.shape[2] for x in (q, k)]
+        tiles = _tiles(sequences * heads, key_dim, q.device)
+        slots = _slots(sequences * heads, math.gcd(*repeats), -(-key_dim // 16), q.device)
+        while (variant := _variant(key_dim, tiles, slots, q, k, v, f, state_clip)).backward_shared_bytes > SHARED_BYTES:
+            tiles, slots = (tiles, next(s for s in range(slots - 1, 0, -1) if slots % s == 0)) if slots > 1 else (1, 1)
+        units = lanes * heads // slots
+
+        # Several blocks share a head of q or k: their partial sums, for a window of time that fits, are summed after
+        groups = [repeat // slots for repeat in repeats]
+        rows = [x.shape[2] * key_stride for x in (q, k)]
+        step_bytes = sum(4 * batch * g * row for g, row in zip(groups, rows, strict=True) if g > 1)
+        window = max(CHUNK, PARTIAL_BYTES // max(step_bytes, 1) // CHUNK * CHUNK) if step_bytes else max(steps, 1)
+        window = min(window, max(steps, 1))
+        partials = [
+            out if g == 1 else q.new_empty(g * batch * window * row, dtype=torch.float32)
+            for g, row, out in zip(groups, rows, outs, strict=True)
+        ]
         for begin in range((steps - 1) // window * window, -1, -window):
             end = min(begin + window, steps)
+            slices, length, finished = _slices(units, end - begin, q.device)
             arguments = _Backward(
                 *(_Strided.of(x, heads) for x in (q, k, v, f, dy)),
-                *(_pointer(x) for x in (weight, initial, saved, offsets, carry, *partials, dv, df, dweight)),
-                steps, begin, end, heads, key_dim, key_stride, heads // weight.shape[0], sequences, lanes,
+                *(_pointer(x) for x in (weight, initial, saved, offsets, carry)),
+                *(_pointer(x) for x in (*partials, dv, df, dweight, finished)),
+                steps, begin, end, length, heads, key_dim, key_stride, heads // weight.shape[0], sequences, lanes,
                 dv.dtype == torch.float32, math.inf if state_clip is None else state_clip,
             )  # fmt: skip
-            kernel(lanes * heads // slots, arguments, q.device)
-            for g, partial, out in zip(groups, partials, outs, strict=True):
+            _kernel("backward", variant, q.device.index)(slices * units, arguments, q.device)
+            for g, row, partial, out in zip(groups, rows, partials, outs, strict=True):
                 if g > 1:
-                    row = out.shape[2] * key_stride
-                    total = _kernel_sum(variant, q.device.index)
-                    total(
-                        -(-batch * (end - begin) * row // 4 // 128),
-                        _Sum(_pointer(partial), _pointer(out), steps, begin, end - begin, batch, g, row),
-                        q.device,
-                    )
-    dq, dk = (out[..., :key_dim] for out in outs)
+                    total = _Sum(_pointer(partial), _pointer(out), steps, begin, end - begin, batch, g, row)
+                    blocks = -(-batch * (end - begin) * row // (4 * 128))
+                    _kernel("sum", variant, q.device.index)(blocks, total, q.device)
+    dq, dk = (out[..., :key_dim].to(x.dtype).contiguous() for out, x in zip(outs, inputs, strict=False))
     return (
-        dq.to(inputs[0].dtype).contiguous(), dk.to(inputs[1].dtype).contiguous(),
-        _sum_heads(dv, 2, inputs[2]), _sum_heads(df, 2, inputs[3]),
-        _sum_heads(dweight.sum(0), 0, inputs[4]), None if initial_state is None else carry.to(initial_state.dtype),
+        dq, dk, _sum_heads(dv, 2, inputs[2]), _sum_heads(df, 2, inputs[3]), _sum_heads(dweight.sum(0), 0, inputs[4]),
+        None if initial_state is None else carry.to(initial_state.dtype),
     )  # fmt: skip
+
+
+def _variant(
+    key_dim: int, tiles: int, slots: int, q: Tensor, k: Tensor, v: Tensor, f: Tensor, clip: float | None = None
+) -> _Variant:
+    warps = -(-key_dim // (16 * tiles))
+    return _Variant(v.shape[3], tiles, warps, slots, output_dtype(q, k, v), f.dtype, clip is not None)
+
+
+def _rows(state: Tensor | None, rows: slice) -> Tensor | None:
+    return None if state is None else state[:, :, rows]
+
+
+def _sum_parts(parts: list[Tensor]) -> Tensor:
+    return torch.stack(parts).sum(0, dtype=torch.float32).to(parts[0].dtype)
 
 
 def _sum_heads(gradient: Tensor, dim: int, like: Tensor) -> Tensor:
