@@ -95,13 +95,26 @@ def _tanh(x, APPROXIMATE: tl.constexpr):
 
 
 @triton.jit
-def _update(h, w, k, v, f, valid, PADDED: tl.constexpr, OPERAND: tl.constexpr, APPROXIMATE: tl.constexpr):
-    """Z_t and H_t."""
+def _tanh_slope(x, z, APPROXIMATE: tl.constexpr):
+    """1 - z² for z = tanh(x), without its cancellation near 1: (1 - |z|) / (1 + |z|) is exp(-2 |x|)."""
+    size = tl.abs(x)
+    if APPROXIMATE:  # Triton's own exp spends four more instructions on denormal results
+        exponent = size * (-2 * 1.4426950408889634)
+        ratio = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [exponent], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        ratio = tl.exp(-2 * size)
+    factor = 1 + tl.abs(z)
+    return ratio * factor * factor
+
+
+@triton.jit
+def _preactivation(h, w, k, v, valid, PADDED: tl.constexpr, OPERAND: tl.constexpr):
     x = tl.dot(h.to(OPERAND), w, k[:, None] * v[None, :], input_precision="ieee", out_dtype=h.dtype)
-    z = _tanh(x, APPROXIMATE)
     if PADDED:  # an infinite k or v times a zero of the padding is NaN
-        z = tl.where(valid, z, 0.0)
-    return z, f * h + (1 - f) * z
+        x = tl.where(valid, x, 0.0)
+    return x
 
 
 @triton.jit
@@ -185,7 +198,8 @@ def _forward_kernel(
         j = tl.minimum(i + 1, last)  # loaded while this step is computed
         next_q, next_k = _load(q, q_at, j, rows, in_rows, STATE), _load(k, k_at, j, rows, in_rows, STATE)
         next_v, next_f = _load(v, v_at, j, cols, in_cols, STATE), tl.load(f_at + j * (f.step >> 1)).to(STATE)
-        _, h = _update(h, w, k_t, v_t, f_t, valid, PADDED, OPERAND, APPROXIMATE)
+        z = _tanh(_preactivation(h, w, k_t, v_t, valid, PADDED, OPERAND), APPROXIMATE)
+        h = f_t * h + (1 - f_t) * z
         tl.store(y_at + i * y_step, tl.sum(q_t[:, None] * h, 0), mask=in_cols)
     tl.store(state_at, h, mask=valid)
 
@@ -254,7 +268,8 @@ def _backward_kernel(
             j = tl.minimum(i + 1, last)
             next_k, next_v = _load(k, k_at, j, rows, in_rows, STATE), _load(v, v_at, j, cols, in_cols, STATE)
             next_f, next_dy = tl.load(f_at + j * (f.step >> 1)).to(STATE), _load(dy, dy_at, j, cols, in_cols, STATE)
-            _, h = _update(h, w, k_t, v_t, f_t, valid, PADDED, OPERAND, APPROXIMATE)
+            z = _tanh(_preactivation(h, w, k_t, v_t, valid, PADDED, OPERAND), APPROXIMATE)
+            h = f_t * h + (1 - f_t) * z
             tl.store(dq_at + i * row_step, tl.sum(h * dy_t[None, :], 1), mask=in_rows)
         tl.debug_barrier()  # the program's other threads read what these wrote
 
@@ -270,10 +285,11 @@ def _backward_kernel(
             next_f, next_h = tl.load(f_at + j * (f.step >> 1)).to(STATE), tl.load(scratch_at + j * (R * V))
 
             h = h_t.to(STATE)  # H_{t-1}
-            z, _ = _update(h, w, k_t, v_t, f_t, valid, PADDED, OPERAND, APPROXIMATE)
+            x = _preactivation(h, w, k_t, v_t, valid, PADDED, OPERAND)
+            z = _tanh(x, APPROXIMATE)
             carry = tl.clamp(carry, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
             g = q_t[:, None] * dy_t[None, :] + carry
-            dx = (1 - f_t) * g * (1 - z * z)
+            dx = (1 - f_t) * g * _tanh_slope(x, z, APPROXIMATE)
             operand = dx.to(GRADIENT)
             carry = tl.dot(operand, w_transposed, f_t * g, input_precision=PRECISION, out_dtype=STATE)
             dw = tl.dot(tl.trans(h_t.to(GRADIENT)), operand, dw, input_precision=PRECISION, out_dtype=STATE)
