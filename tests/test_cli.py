@@ -27,18 +27,26 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(cli.app, ["track", *map(str, arguments)])
 
 
-def test_help_names_every_option_and_imports_no_torch():
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("track", ["--group", "--mixer", "--compare", "--train-length", "--test-lengths", "--overwrite"]),
+        ("bench op", ["--out", "--shapes", "--backends", "--quick", "--no-sweep", "--device"]),
+    ],
+)
+def test_help_names_every_option_and_imports_no_torch(command, options):
     code = """if True:
         import sys
         from m2rnn import cli
         try:
-            cli.app(["track", "--help"])
+            cli.app([*sys.argv[1:], "--help"])
         finally:
             print("torch" in sys.modules)
     """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-c", code, *command.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "False"
-    for option in ("--group", "--mixer", "--compare", "--train-length", "--test-lengths", "--overwrite"):
+    for option in options:
         assert option in done.stdout
 
 

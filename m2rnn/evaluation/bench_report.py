@@ -249,6 +249,7 @@ def _draw(panel: "Axes", section: str, kind: str, curves: Mapping[str, Rows], st
     panel.set_yscale("log")
     ticks = sorted({row[column] for points in curves.values() for row in points})
     panel.set_xticks(ticks, [_short(tick) for tick in ticks])
+    panel.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     panel.minorticks_off()
     panel.set_xlabel("tokens T, batch 1" if section == "length" else f"batch, {_steps(curves)}")
     panel.set_ylabel("time (ms)")
