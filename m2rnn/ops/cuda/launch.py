@@ -272,12 +272,13 @@ def backward(
             )
             for g in row_groups
         ]  # fmt: skip
-        dqs, dks, dvs, dfs, dweights = ([part[i] for part in parts] for i in range(5))
+        dq, dk = (torch.cat(x, 3) for x in ([part[0] for part in parts], [part[1] for part in parts]))
+        dv, df, dweight = (
+            _sum_parts(x)
+            for x in ([part[2] for part in parts], [part[3] for part in parts], [part[4] for part in parts])
+        )
         d_initials = [part[5] for part in parts if part[5] is not None]
-        return (
-            torch.cat(dqs, 3), torch.cat(dks, 3), _sum_parts(dvs), _sum_parts(dfs), _sum_parts(dweights),
-            torch.cat(d_initials, 2) if d_initials else None,
-        )  # fmt: skip
+        return dq, dk, dv, df, dweight, torch.cat(d_initials, 2) if d_initials else None
 
     inputs = (q, k, v, f, weight)
     heads, dtype = head_count(*inputs), output_dtype(q, k, v)
