@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from m2rnn.layers.decay_gate import DecayGate
 from m2rnn.layers.initialize import initialize
 from m2rnn.layers.packing import Packing
-from m2rnn.layers.projection import OutputProjection
+from m2rnn.layers.projection import OutputProjection, project_token
 from m2rnn.layers.short_conv import ShortConv, check_activation
-from m2rnn.ops import m2rnn_scan, m2rnn_step
+from m2rnn.ops import m2rnn_scan
+from m2rnn.ops.decode import decode_step
 
 
 class M2RNNState(NamedTuple):
@@ -24,6 +25,18 @@ class M2RNNState(NamedTuple):
 
     recurrent: Tensor
     conv: Tensor | None
+
+    def static(self, length: int) -> "StaticM2RNNState":
+        """A copy that the layer updates in place; ``length`` does not matter, the state does not grow."""
+        return StaticM2RNNState(self.recurrent.clone(), None if self.conv is None else self.conv.clone())
+
+
+class StaticM2RNNState(M2RNNState):
+    """A state whose tensors a single token updates in place, at addresses that a CUDA graph can keep."""
+
+    def dynamic(self) -> M2RNNState:
+        """The state as one that no token changes."""
+        return M2RNNState(*(None if x is None else x.clone() for x in self))  # type: ignore[arg-type]
 
 
 class M2RNN(nn.Module):
@@ -117,7 +130,7 @@ class M2RNN(nn.Module):
         check_activation(activation)
 
         self.num_q_heads, self.num_k_heads, self.num_v_heads = num_q_heads, num_k_heads, counts["num_v_heads"]
-        self.key_dim, self.value_dim = key_dim, value_dim
+        self.key_dim, self.value_dim, self.norm_eps = key_dim, value_dim, norm_eps
         self.activation, self.weight_init = activation, weight_init
         self.state_clip, self.backend = state_clip, backend
         self.qkv_sizes = num_q_heads * key_dim, num_k_heads * key_dim, self.num_v_heads * value_dim
@@ -162,8 +175,12 @@ class M2RNN(nn.Module):
             output_state: False saves the work and returns None as the state.
 
         Returns:
-            The output, of ``hidden``'s shape and dtype, and the state after the last token of each sequence.
+            The output, of ``hidden``'s shape and dtype, and the state after the last token of each sequence. A
+            ``StaticM2RNNState`` is updated in place by a single token without gradients, and otherwise left alone.
         """
+        if state is not None and packing is None and hidden.shape[1] == 1 and not torch.is_grad_enabled():
+            y, state = self._decode(hidden[:, 0], state)
+            return y[:, None], state if output_state else None
         qkv, logits, g = self.in_proj(hidden).split(self.proj_sizes, -1)
         conv_state = None
         if self.conv is not None:
@@ -177,24 +194,18 @@ class M2RNN(nn.Module):
         v = v.reshape(*batch_time, self.num_v_heads, self.value_dim)
         f = self.decay_gate(logits)
 
-        recurrent = None if state is None else state.recurrent
-        decoding = packing is None and hidden.shape[1] == 1 and not torch.is_grad_enabled()
-        if recurrent is not None and decoding:
-            y, recurrent = m2rnn_step(q[:, 0], k[:, 0], v[:, 0], f[:, 0], self.state_weight, recurrent)
-            y = y[:, None]
-        else:
-            y, recurrent = m2rnn_scan(
-                q,
-                k,
-                v,
-                f,
-                self.state_weight,
-                initial_state=recurrent,
-                output_final_state=output_state,
-                cu_seqlens=None if packing is None else packing.cu_seqlens,
-                state_clip=self.state_clip,
-                backend=self.backend,
-            )
+        y, recurrent = m2rnn_scan(
+            q,
+            k,
+            v,
+            f,
+            self.state_weight,
+            initial_state=None if state is None else state.recurrent,
+            output_final_state=output_state,
+            cu_seqlens=None if packing is None else packing.cu_seqlens,
+            state_clip=self.state_clip,
+            backend=self.backend,
+        )
         if self.D is not None:  # head n of N takes v of head n // (N / count)
             shared = self.num_v_heads, self.num_heads // self.num_v_heads, self.value_dim
             D = self.D.to(y.dtype).view(shared)
@@ -209,6 +220,30 @@ class M2RNN(nn.Module):
         if recurrent is not None and output_state:
             final_state = M2RNNState(recurrent, conv_state)
         return self.out_proj(y), final_state
+
+    def _decode(self, hidden: Tensor, state: M2RNNState) -> tuple[Tensor, M2RNNState]:
+        """One token ``[B, hidden_size]``: two projections, and one operator for all that is between them."""
+        in_place = isinstance(state, StaticM2RNNState)
+        y, recurrent, conv = decode_step(
+            project_token(self.in_proj, hidden),
+            state.recurrent,
+            state.conv,
+            self.state_weight,
+            self.decay_gate.A_log,
+            self.decay_gate.dt_bias,
+            conv_weight=None if self.conv is None else self.conv.weight,
+            D=self.D,
+            norm_weight=None if self.norm is None else self.norm.weight,
+            norm_eps=self.norm_eps,
+            q_heads=self.num_q_heads,
+            k_heads=self.num_k_heads,
+            v_heads=self.num_v_heads,
+            g_heads=self.num_g_heads,
+            silu=self.activation == "silu",
+            in_place=in_place,
+            backend=self.backend,
+        )
+        return project_token(self.out_proj, y), state if in_place else M2RNNState(recurrent, conv)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, key_dim={self.key_dim}, value_dim={self.value_dim}"

@@ -1,6 +1,9 @@
-"""The linear layer at the end of a mixer or an MLP."""
+"""The linear layers at the ends of a mixer or an MLP."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from m2rnn.ops.decode import FEW_ROWS, few_rows_linear
 
 
 class OutputProjection(nn.Linear):
@@ -8,3 +11,24 @@ class OutputProjection(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
+
+
+def project_token(linear: nn.Linear, x: Tensor) -> Tensor:
+    """``linear(x)`` for x ``[B, in_features]``, not differentiable, by a kernel for few rows where there is one.
+
+    Modules that are more than a linear layer (adapters, quantised or offloaded weights, hooks) are called as they are.
+    """
+    weight = linear.weight
+    plain = type(linear) in (nn.Linear, OutputProjection) and "forward" not in vars(linear)
+    if (
+        plain
+        and linear._parameters["bias"] is None
+        and not (linear._forward_hooks or linear._forward_pre_hooks)
+        and x.device.type == "cuda"
+        and x.shape[0] <= FEW_ROWS
+        and (weight.device, weight.dtype) == (x.device, x.dtype)
+        and not torch.is_autocast_enabled("cuda")
+    ):
+        return few_rows_linear(x, weight)
+    y: Tensor = linear(x)
+    return y

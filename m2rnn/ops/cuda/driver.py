@@ -9,6 +9,9 @@ from functools import lru_cache
 import torch
 
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+_CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
 @lru_cache
@@ -21,6 +24,21 @@ def _check(status: int, what: str) -> None:
         text = ctypes.c_char_p()
         _driver().cuGetErrorString(status, ctypes.byref(text))
         raise RuntimeError(f"{what} failed: {(text.value or b'unknown error').decode()} (CUDA error {status})")
+
+
+class _Attribute(ctypes.Structure):  # CUlaunchAttribute
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_uint * 16))
+
+
+class _Config(ctypes.Structure):  # CUlaunchConfig
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
 
 
 class Kernel:
@@ -47,3 +65,29 @@ class Kernel:
             self._kernel, blocks, 1, 1, self.threads, 1, 1, self.shared_bytes, ctypes.c_void_p(stream), pointers, None
         )
         _check(status, "launching a CUDA kernel")
+
+    def launch_early(self, blocks: int, arguments: ctypes.Structure, device: torch.device, cluster: int = 1) -> None:
+        """Launch in clusters of blocks (compute capability 9.0), which may begin before the kernels ahead have ended.
+
+        The kernel itself waits for them (griddepcontrol.wait), and says when the next one may begin.
+        """
+        if blocks == 0:
+            return
+        config = self._config(blocks, torch.cuda.current_stream(device).cuda_stream, cluster)
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        status = _driver().cuLaunchKernelEx(ctypes.byref(config), self._kernel, pointers, None)
+        _check(status, "launching a CUDA kernel")
+
+    def fits(self, cluster: int, device: int) -> bool:
+        """Whether the GPU can run a cluster of more than the 8 blocks that every GPU takes."""
+        allow = _driver().cuKernelSetAttribute(_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1, self._kernel, device)
+        _check(allow, "allowing large clusters")
+        config, clusters = self._config(cluster, 0, cluster), ctypes.c_int()
+        status = _driver().cuOccupancyMaxActiveClusters(ctypes.byref(clusters), self._kernel, ctypes.byref(config))
+        return status == 0 and clusters.value > 0
+
+    def _config(self, blocks: int, stream: int, cluster: int) -> _Config:
+        attributes = (_Attribute * 2)(
+            _Attribute(_CLUSTER_DIMENSION, 0, (cluster, 1, 1)), _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (1,))
+        )
+        return _Config((blocks, 1, 1), (self.threads, 1, 1), self.shared_bytes, stream, attributes, len(attributes))

@@ -1,0 +1,283 @@
+"""One token of the layer as one operator: against float64, in place, in a CUDA graph, under the compiler."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from m2rnn.layers import M2RNN
+from m2rnn.layers.m2rnn import M2RNNState, StaticM2RNNState
+from m2rnn.layers.projection import OutputProjection, project_token
+from m2rnn.ops.cuda import step
+from m2rnn.ops.decode import FEW_ROWS, decode_step, few_rows_linear
+from tests.tolerances import assert_close, relative_error
+
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0) or step.why_unavailable() is not None,
+    reason="needs a GPU of compute capability 8.0 or newer, and cuda-core",
+)
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+PAPER = {"heads": 84, "key": 64, "value": 16}
+SHARED = {"heads": 12, "q": 2, "k": 3, "v": 4, "f": 6, "g": 1, "w": 2}
+CASES = {
+    "paper": PAPER,
+    "paper, batch 3": {**PAPER, "batch": 3},
+    "paper, batch 20": {**PAPER, "batch": 20},
+    "paper, batch 64": {**PAPER, "batch": 64},
+    "paper, batch 300": {**PAPER, "batch": 300},
+    "V 8": {"batch": 2, "heads": 4, "key": 32, "value": 8},
+    "V 8, batch 700": {"batch": 700, "heads": 16, "key": 64, "value": 8},
+    "V 32": {"batch": 2, "heads": 6, "key": 64, "value": 32},
+    "V 32, batch 200": {"batch": 200, "heads": 12, "key": 64, "value": 32},
+    "V 64": {"batch": 3, "heads": 3, "key": 64, "value": 64},
+    "V 64, batch 60": {"batch": 60, "heads": 20, "key": 64, "value": 64},
+    "shared heads": {"batch": 5, "key": 16, "value": 16, **SHARED},
+    "shared heads, one head of v": {"batch": 5, "key": 16, "value": 16, **SHARED, "v": 1, "f": 1, "w": 1},
+    "shared heads, batch 600": {"batch": 600, "key": 48, "value": 16, **SHARED},
+    "own heads": {"batch": 2, "heads": 5, "key": 24, "value": 16, "q": 5, "k": 5},
+    "one head": {"batch": 2, "heads": 1, "key": 64, "value": 16},
+    "K 1": {"batch": 2, "heads": 4, "key": 1, "value": 16},
+    "K 17": {"batch": 2, "heads": 4, "key": 17, "value": 8},
+    "K 200": {"batch": 2, "heads": 4, "key": 200, "value": 16},
+    "K 200, batch 300": {"batch": 300, "heads": 8, "key": 200, "value": 16},
+    "no convolution": {"batch": 2, "heads": 4, "key": 16, "value": 16, "width": 0},
+    "width 1": {"batch": 2, "heads": 4, "key": 16, "value": 16, "width": 1},
+    "width 2": {"batch": 2, "heads": 4, "key": 16, "value": 16, "width": 2},
+    "width 8, no bias": {"batch": 2, "heads": 4, "key": 16, "value": 16, "width": 8, "bias": False},
+    "no SiLU": {"batch": 2, "heads": 4, "key": 16, "value": 16, "silu": False},
+    "no output gate": {"batch": 2, "heads": 4, "key": 16, "value": 16, "g": 0},
+    "no D": {"batch": 2, "heads": 4, "key": 16, "value": 16, "D": False},
+    "no norm": {"batch": 2, "heads": 4, "key": 16, "value": 16, "norm": False},
+    "nothing": {"heads": 4, "key": 16, "value": 32, "width": 0, "silu": False, "g": 0, "D": False, "norm": False},
+    "no sequence": {"batch": 0, "heads": 4, "key": 16, "value": 16},
+}
+
+
+def problem(
+    heads: int,
+    key: int,
+    value: int,
+    batch: int = 1,
+    q: int = 1,
+    k: int = 1,
+    v: int | None = None,
+    f: int | None = None,
+    g: int | None = None,
+    w: int | None = None,
+    width: int = 4,
+    bias: bool = True,
+    silu: bool = True,
+    D: bool = True,
+    norm: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """Arguments of ``decode_step`` on the CPU."""
+    v, f, g, w = (heads if count is None else count for count in (v, f, g, w))
+    channels = (q + k) * key + v * value
+    normal = torch.randn
+    return {
+        "projected": normal(batch, channels + f + g * value).to(dtype),
+        "state": normal(batch, heads, key, value).clamp(-1, 1),
+        "conv_state": normal(batch, width - 1, channels).to(dtype) if width else None,
+        "weight": (torch.eye(value) + 0.3 * normal(w, value, value)).to(dtype),
+        "A_log": normal(f),
+        "dt_bias": normal(f) - 1,
+        "conv_weight": (normal(channels, 1, width) * 0.5).to(dtype) if width else None,
+        "conv_bias": normal(channels).to(dtype) if width and bias else None,
+        "D": normal(heads, value).to(dtype) if D else None,
+        "norm_weight": (1 + 0.3 * normal(heads * value)).to(dtype) if norm else None,
+        "q_heads": q,
+        "k_heads": k,
+        "v_heads": v,
+        "g_heads": g,
+        "silu": silu,
+    }
+
+
+def moved(arguments: dict[str, Any], *to: Any) -> dict[str, Any]:
+    return {name: x.to(*to) if isinstance(x, Tensor) else x for name, x in arguments.items()}
+
+
+def clone(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.clone() if isinstance(x, Tensor) else x for name, x in arguments.items()}
+
+
+def assert_kernel_takes(arguments: dict[str, Any]) -> None:
+    counts = tuple(arguments[f"{name}_heads"] for name in "qkvg")
+    tensors = list(arguments.values())[:10]
+    assert step.why_not(*tensors, counts) is None
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_kernel_is_the_equations(case: str, dtype: torch.dtype) -> None:
+    arguments = problem(**CASES[case], dtype=dtype)
+    y, state, conv_state = decode_step(**moved(arguments, torch.float64))
+    on_gpu = moved(arguments, "cuda")
+    assert_kernel_takes(on_gpu)
+    before = clone(on_gpu)
+    results = decode_step(**on_gpu)
+    assert_close(results[0], y, dtype, "output", "y")
+    assert_close(results[1], state, dtype, "state", "state")
+    assert (results[0].dtype, results[1].dtype) == (dtype, torch.float32)
+    if conv_state is not None:
+        assert torch.equal(results[2].double().cpu(), conv_state)
+    for name, x in before.items():
+        assert not isinstance(x, Tensor) or torch.equal(x, on_gpu[name]), f"{name} was changed"
+    for again, result in zip(decode_step(**on_gpu), results, strict=True):
+        assert result is None or torch.equal(again, result)
+    y_in_place, _, _ = decode_step(**on_gpu, in_place=True)
+    for x, result in zip((y_in_place, on_gpu["state"], on_gpu["conv_state"]), results, strict=True):
+        assert result is None or torch.equal(x, result)
+
+
+@needs_gpu
+@pytest.mark.parametrize("batch", [3, 300])
+def test_bad_numbers_stay_in_their_sequence_and_head(batch: int) -> None:
+    arguments = moved(problem(4, 20, 16, batch, norm=False, dtype=torch.bfloat16), "cuda")
+    y, state, _ = decode_step(**arguments)
+    bad = clone(arguments)
+    bad["state"][1, 2] = torch.nan
+    bad["projected"][2, 40 + 16] = torch.inf  # v of head 1
+    y_bad, state_bad, _ = decode_step(**bad)
+    y, y_bad = y.view(batch, 4, 16), y_bad.view(batch, 4, 16)
+    assert y_bad[1, 2].isnan().all()
+    assert state_bad[1, 2].isnan().all()
+    assert not state_bad[2].isnan().any(), "the update saturates"
+    good = torch.ones(batch, 4, dtype=torch.bool, device="cuda")
+    good[1, 2] = good[2, 1] = False
+    assert torch.equal(y[good], y_bad[good])
+    assert torch.equal(state[good], state_bad[good])
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", range(1, FEW_ROWS + 1))
+@pytest.mark.parametrize(("columns", "channels"), [(8, 3), (1024, 2900), (1344, 1024), (4104, 37)])
+def test_few_rows_linear_is_a_linear_layer(rows: int, dtype: torch.dtype, columns: int, channels: int) -> None:
+    x, weight = torch.randn(rows, columns).to(dtype), torch.randn(channels, columns).to(dtype)
+    result = few_rows_linear(x.cuda(), weight.cuda())
+    assert step.why_not_linear(x.cuda(), weight.cuda()) is None
+    assert_close(result, x.double() @ weight.double().T, dtype, "output")
+
+
+def layer_and_tokens(device: str, dtype: torch.dtype, batch: int = 2) -> tuple[M2RNN, list[Tensor]]:
+    layer = M2RNN(32, 6, 16, 8, num_k_heads=2, num_g_heads=3).to(device, dtype)
+    for name, parameter in layer.named_parameters():
+        if "decay" not in name:
+            torch.nn.init.normal_(parameter, 0.1, 0.5)
+    tokens = torch.randn(7, batch, 1, 32).to(dtype)
+    return layer, list(tokens.to(device))
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("device", DEVICES)
+@torch.no_grad()
+def test_tokens_follow_float64(device: str, dtype: torch.dtype, batch: int) -> None:
+    tolerance = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]  # projections are rounded
+    layer, tokens = layer_and_tokens(device, dtype, batch)
+    exact = M2RNN(32, 6, 16, 8, num_k_heads=2, num_g_heads=3).double()
+    exact.load_state_dict(layer.state_dict())
+    y, state = layer(tokens[0])
+    static = state.static(99)
+    _, expected_state = exact(tokens[0].double().cpu())
+    for token in tokens[1:]:
+        expected, expected_state = exact(token.double().cpu(), expected_state)
+        y, state = layer(token, state)
+        y_static, static = layer(token, static)
+        assert torch.equal(y, y_static)
+        assert y.dtype == dtype
+        assert relative_error(y, expected) < tolerance
+    assert relative_error(state.recurrent, expected_state.recurrent) < tolerance
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@torch.no_grad()
+def test_a_static_state_keeps_its_place_and_a_dynamic_one_its_values(device: str) -> None:
+    layer, tokens = layer_and_tokens(device, torch.float32)
+    _, state = layer(tokens[0])
+    before = M2RNNState(*(x.clone() for x in state))
+    static = state.static(99)
+    addresses = [x.data_ptr() for x in static]
+    after = layer(tokens[1], static)[1]
+    assert isinstance(after, StaticM2RNNState)
+    assert [x.data_ptr() for x in after] == addresses
+    _, following = layer(tokens[1], state)
+    for old, kept, new, static_new in zip(state, before, following, static, strict=True):
+        assert torch.equal(old, kept)
+        assert torch.equal(new, static_new)
+        assert not torch.equal(old, new)
+    dynamic = static.dynamic()
+    layer(tokens[2], static)
+    assert all(torch.equal(x, y) for x, y in zip(dynamic, following, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("conv", [True, False])
+def test_operators_are_registered_properly(device: str, conv: bool) -> None:
+    arguments = moved(problem(4, 16, 16, 2, width=4 if conv else 0), device)
+    order = [
+        *(arguments[name] for name in ("projected", "state", "conv_state", "weight", "A_log", "dt_bias")),
+        *(arguments[name] for name in ("conv_weight", "conv_bias", "D", "norm_weight")),
+        1e-5, 1, 1, 4, 4, True, None,
+    ]  # fmt: skip
+    torch.library.opcheck(torch.ops.m2rnn.decode_step.default, order)
+    torch.library.opcheck(torch.ops.m2rnn.decode_step_.default, order)
+    torch.library.opcheck(
+        torch.ops.m2rnn.few_rows_linear.default, (torch.randn(2, 16, device=device), torch.randn(5, 16, device=device))
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@torch.no_grad()
+def test_compiled_decoding_has_no_graph_break(device: str, static: bool) -> None:
+    torch.compiler.reset()
+    layer, tokens = layer_and_tokens(device, torch.float32)
+    _, start = layer(tokens[0])
+    state, compiled_state = (start.static(9), start.static(9)) if static else (start, start)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for token in tokens[1:]:
+        y, state = layer(token, state)
+        compiled_y, compiled_state = compiled(token, compiled_state)
+        assert_close(compiled_y, y, torch.float32, "output")
+    assert_close(compiled_state.recurrent, state.recurrent, torch.float32, "state")
+
+
+@needs_gpu
+@pytest.mark.parametrize("batch", [1, 7])
+@torch.no_grad()
+def test_a_captured_layer_repeats_eager_decoding(batch: int) -> None:
+    layer, tokens = layer_and_tokens("cuda", torch.bfloat16, batch)
+    _, start = layer(tokens[0])
+    state, static, x = start, start.static(9), tokens[0].clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        layer(x, start.static(9))
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, _ = layer(x, static)
+    for token in tokens[1:]:
+        x.copy_(token)
+        graph.replay()
+        expected, state = layer(token, state)
+        assert torch.equal(y, expected)
+    assert torch.equal(static.recurrent, state.recurrent)
+    assert torch.equal(static.conv, state.conv)
+
+
+@torch.no_grad()
+def test_projections_that_are_more_than_a_linear_layer_are_called() -> None:
+    linear, x, calls = OutputProjection(8, 3), torch.randn(2, 8), []
+    hook = linear.register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(project_token(linear, x), linear(x))
+    assert len(calls) == 2
+    hook.remove()
