@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from m2rnn.ops import cuda, reference
-from m2rnn.ops.shapes import CUDA_CHUNK, TRITON_CHUNK, chunk_length, head_count, output_dtype, saved_states, state_dtype
+from m2rnn.ops.shapes import (
+    CUDA_CHUNK,
+    TRITON_CHUNK,
+    chunk_length,
+    cuda_width,
+    head_count,
+    output_dtype,
+    saved_states,
+    state_dtype,
+)
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -377,11 +386,13 @@ def _scan_fake(
     name = _resolve(backend, q, k, v, f, weight)
     if name == "reference":
         return y, final, final.new_empty(0)
-    chunk = {"cuda": CUDA_CHUNK, "triton": TRITON_CHUNK}.get(name) or chunk_length(q.shape[1])
-    # CUDA's chunks start at multiples of their length, packed or not; the others' where a sequence starts
-    packed = cu_seqlens is not None and name != "cuda"
-    count = saved_states(q.shape[0], q.shape[1], packed, chunk) if save else 0
     saved_dtype = y.dtype if name == "cuda" and y.dtype == torch.bfloat16 else dtype
+    count = 0
+    if save:  # a chunk length that depends on T binds an exported program to a range of T
+        chunk = {"cuda": CUDA_CHUNK, "triton": TRITON_CHUNK}.get(name) or chunk_length(q.shape[1])
+        # CUDA's chunks start at multiples of their length, packed or not; the others' where a sequence starts
+        packed = cu_seqlens is not None and name != "cuda"
+        count = saved_states(q.shape[0], q.shape[1], packed, chunk)
     return y, final, final.new_empty(count, *state, dtype=saved_dtype)
 
 
