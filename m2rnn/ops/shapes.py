@@ -33,3 +33,8 @@ def saved_states(batch: int, steps: int, packed: bool, chunk: int | None = None)
     if packed:
         return steps // chunk
     return batch * max((steps + chunk - 1) // chunk - 1, 0)
+
+
+def cuda_width(value_dim: int) -> int:
+    """V as the CUDA kernels have it: the next of 8, 16, 32 and 64."""
+    return next(width for width in (8, 16, 32, 64) if value_dim <= width)

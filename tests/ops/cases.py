@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -188,8 +189,15 @@ def evaluate(problem: Problem, scan: Callable[..., tuple[Tensor, Tensor | None]]
     return {name: x.detach() for name, x in results.items()}
 
 
+def fit(case: Case, backend: str | None) -> Case:
+    """The case, in float32 if it is in float64 and the backend does not compute in that."""
+    return replace(case, dtype=torch.float32) if backend == "cuda" and case.dtype == torch.float64 else case
+
+
 def run(problem: Problem, backend: str | None, **options: Any) -> dict[str, Tensor]:
     """The operator on ``backend``."""
+    if problem.case != fit(problem.case, backend):
+        pytest.skip(f"{backend} does not compute in {problem.case.dtype}")
     return evaluate(
         problem,
         lambda p: m2rnn_scan(

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from m2rnn.ops import m2rnn_scan, m2rnn_step
-from tests.ops.cases import Case, check, make_problem, run, truth
+from tests.ops.cases import Case, check, fit, make_problem, run, truth
 from tests.ops.layer import Layer, layer_inputs, train_half
 from tests.tolerances import assert_close
 
@@ -234,7 +234,7 @@ def test_changing_an_input_before_backward_is_an_error(backend: str, device: str
 
 def test_a_second_derivative_is_right_or_refused(backend: str, device: str) -> None:
     """The backward is not differentiable itself, so that asking for it must not return a wrong number."""
-    problem = make_problem(Case(time=3, dtype=torch.float64), device=device)
+    problem = make_problem(fit(Case(time=3, dtype=torch.float64), backend), device=device)
     inputs = list(problem.inputs.values())
 
     def penalty() -> Tensor:

@@ -60,7 +60,7 @@ struct Gradients {
 struct Octet {  // 8 steps of the inputs, as operands
     RowSteps keys_outer[TILES], queries_outer[TILES], keys[TILES];
     ColumnSteps values_outer, dys_outer, values, dys;
-    float f[8];
+    alignas(16) float f[8];
 };
 
 __device__ __forceinline__ void unpack(float (&h)[NT][4], const Packed& packed) {
@@ -242,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_backward(const Backw
             // f = 1 outside of the sequence leaves the carry as it is
             next_f = 1.f;
             if (slot_thread < CHUNK && first + slot_thread >= begin && first + slot_thread < end)
-                next_f = load_as_float(p.f.data, f_offset + (first + slot_thread) * p.f.time, GATE);
+                next_f = ((const float*)p.f.data)[f_offset + (first + slot_thread) * p.f.time];
         };
 
         const i64 last_chunk = last_step / CHUNK * CHUNK;

@@ -1,7 +1,7 @@
 // What both passes share: types, fragments of the tensor cores' operands, and the staging of inputs in shared memory.
 //
 // The macros V (value channels), TILES (of 16 state rows, a warp), WARPS (a head), SLOTS (heads a block), CHUNK (steps
-// between saved states), INPUT (0 bfloat16, 1 float16, 2 float32), GATE (likewise, of f) and PARTS are the launcher's.
+// between saved states), INPUT (0 bfloat16, 1 float16, 2 float32) and PARTS are the launcher's; f, W and states are float32.
 // Nothing is included, so that NVRTC needs no headers.
 //
 // A number that goes through the tensor cores is the sum of PARTS bfloat16 numbers: 1 for bfloat16 inputs, 2 for
@@ -59,10 +59,12 @@ __device__ __forceinline__ u16 float_to_half(float x) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
     return y;
 }
-__device__ __forceinline__ float load_as_float(const void* data, i64 index, int type) {
-    if (type == 0) return __uint_as_float((u32)((const u16*)data)[index] << 16);
-    if (type == 1) return half_to_float(((const u16*)data)[index]);
-    return ((const float*)data)[index];
+__device__ __forceinline__ float load_as_float(const input_t* data, i64 index) {
+#if INPUT == 1
+    return half_to_float(data[index]);
+#else
+    return data[index];
+#endif
 }
 // Two neighbours in the inputs' dtype; the index is even.
 __device__ __forceinline__ void store_pair(void* data, i64 index, float a, float b) {
@@ -339,7 +341,7 @@ __device__ __forceinline__ void stage(
         copy16(shared_address(tile) + 2 * (row * (COLUMNS + PAD) + column), from, valid);
 #else
         u32 parts[PARTS];
-        split(valid ? load_as_float(from, 0, INPUT) : 0.f, valid ? load_as_float(from, 1, INPUT) : 0.f, parts);
+        split(valid ? load_as_float(from, 0) : 0.f, valid ? load_as_float(from, 1) : 0.f, parts);
 #pragma unroll
         for (int p = 0; p < PARTS; p++) *(u32*)(tile + 2 * ((p * LENGTH + row) * (COLUMNS + PAD) + column)) = parts[p];
 #endif

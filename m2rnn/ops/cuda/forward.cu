@@ -67,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_forward(const Forwar
         // f = 1 outside of the sequence leaves the state as it is
         next_f = 1.f;
         if (slot_thread < STAGE && first + slot_thread >= begin && first + slot_thread < end)
-            next_f = load_as_float(p.f.data, f_offset + (first + slot_thread) * p.f.time, GATE);
+            next_f = ((const float*)p.f.data)[f_offset + (first + slot_thread) * p.f.time];
     };
     auto inputs_arrived = [&](int buffer) {
         if (slot_thread < STAGE) shared.f[buffer][slot][slot_thread] = next_f;
@@ -100,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_forward(const Forwar
                 load_rows<STAGE>(queries[m], shared_address(shared.q[buffer]), octet, row + 16 * m, false, lane);
             }
             load_columns<STAGE>(values, shared_address(shared.v[buffer][slot]), octet, true, lane);
-            float gates[8];
+            alignas(16) float gates[8];
             *(float4*)gates = *(const float4*)&shared.f[buffer][slot][octet];
             *(float4*)(gates + 4) = *(const float4*)&shared.f[buffer][slot][octet + 4];
 

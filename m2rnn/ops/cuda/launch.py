@@ -11,11 +11,12 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from m2rnn.ops.cuda.compiler import cubin
 from m2rnn.ops.cuda.driver import Kernel
 from m2rnn.ops.shapes import CUDA_CHUNK as CHUNK
-from m2rnn.ops.shapes import head_count, output_dtype
+from m2rnn.ops.shapes import cuda_width, head_count, output_dtype
 
 STAGE = 32  # steps in shared memory at a time in the forward pass, as in forward.cu
 PAD = 8  # as in common.cuh
@@ -24,7 +25,7 @@ SLICE = 128  # steps of a slice of time, long against what a block takes to star
 PARTIAL_BYTES = 64 << 20  # for sums of dq and dk over groups of heads
 DWEIGHT_BYTES = 64 << 20  # for sums of dW over sequences
 
-_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # INPUT and GATE
+_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # INPUT
 _PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
@@ -82,7 +83,6 @@ class _Variant:
     warps: int
     slots: int
     dtype: torch.dtype
-    gate: torch.dtype
     clip: bool = False
 
     @property
@@ -94,7 +94,7 @@ class _Variant:
         return (
             ("V", self.value_dim), ("TILES", self.tiles), ("WARPS", self.warps), ("SLOTS", self.slots),
             ("CHUNK", CHUNK),
-            ("INPUT", _TYPES[self.dtype]), ("GATE", _TYPES[self.gate]), ("PARTS", self.parts),
+            ("INPUT", _TYPES[self.dtype]), ("PARTS", self.parts),
             ("CLIP", int(self.clip)),
         )  # fmt: skip
 
@@ -147,10 +147,8 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor) -> str |
         return f"{gpu} has compute capability {major}.{minor}, and the CUDA kernels need 8.0"
     if torch.float64 in (x.dtype for x in (q, k, v, f, weight)):
         return "the CUDA kernels have a float32 state, not float64"
-    value_dim, dtype = v.shape[-1], output_dtype(q, k, v)
-    widest = 64 if dtype == torch.bfloat16 else 32
-    if value_dim not in (8, 16, 32, 64) or value_dim > widest:
-        return f"V is {value_dim}, and the CUDA kernels take 8, 16, 32 and, for bfloat16, 64"
+    if v.shape[-1] > 64:
+        return f"V is {v.shape[-1]}, and the CUDA kernels take up to 64"
     return None
 
 
@@ -218,7 +216,12 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(y, final state, saved states)``: the saved states [n, H, K, V] are where ``backward`` starts its chunks."""
-    groups = _row_groups(lambda rows: _variant(rows, 1, 1, q, k, v, f), q.shape[3])
+    value_dim, missing = v.shape[3], cuda_width(v.shape[3]) - v.shape[3]
+    if missing:
+        v, weight, initial_state = pad(v, (0, missing)), pad(weight, (0, missing) * 2), _pad(initial_state, missing)
+        y, final, saved = forward(q, k, v, f, weight, initial_state, cu_seqlens, save)
+        return y[..., :value_dim].contiguous(), final[..., :value_dim].contiguous(), saved
+    groups = _row_groups(lambda rows: _variant(rows, 1, 1, q, k, v), q.shape[3])
     if len(groups) > 1:
         parts = [forward(q[..., g], k[..., g], v, f, weight, _rows(initial_state, g), cu_seqlens, save) for g in groups]
         ys, finals, saves = (list(x) for x in zip(*parts, strict=True))
@@ -227,7 +230,7 @@ def forward(
     heads, dtype = head_count(q, k, v, f, weight), output_dtype(q, k, v)
     batch, steps, _, key_dim = q.shape
     q, k, v = (_aligned(x, dtype) for x in (q, k, v))
-    weight = weight.float().contiguous()
+    f, weight = f.float(), weight.float().contiguous()
     initial, offsets = _dense(initial_state, torch.float32), _dense(cu_seqlens, torch.int64)
     sequences = batch if offsets is None else len(offsets) - 1
     state = (heads, key_dim, v.shape[3])
@@ -237,7 +240,7 @@ def forward(
     saved = q.new_empty(count, *state, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
 
     with torch.cuda.device(q.device):
-        variant = _variant(key_dim, _tiles(sequences * heads, key_dim, q.device), 1, q, k, v, f)
+        variant = _variant(key_dim, _tiles(sequences * heads, key_dim, q.device), 1, q, k, v)
         units = sequences * heads
         slices, length, finished = _slices(units, steps, q.device)
         arguments = _Forward(
@@ -263,7 +266,16 @@ def backward(
     state_clip: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v, f, the weight and the initial state, in the dtypes of these."""
-    row_groups = _row_groups(lambda rows: _variant(rows, 1, 1, q, k, v, f), q.shape[3])
+    value_dim, missing = v.shape[3], cuda_width(v.shape[3]) - v.shape[3]
+    if missing:
+        dy, v, weight = pad(dy, (0, missing)), pad(v, (0, missing)), pad(weight, (0, missing) * 2)
+        d_final, initial_state = _pad(d_final, missing), _pad(initial_state, missing)
+        dq, dk, dv, df, dweight, d_initial = backward(
+            dy, d_final, q, k, v, f, weight, initial_state, saved, cu_seqlens, state_clip
+        )
+        dv, dweight = dv[..., :value_dim].contiguous(), dweight[:, :value_dim, :value_dim].contiguous()
+        return dq, dk, dv, df, dweight, None if d_initial is None else d_initial[..., :value_dim].contiguous()
+    row_groups = _row_groups(lambda rows: _variant(rows, 1, 1, q, k, v), q.shape[3])
     if len(row_groups) > 1:
         parts = [
             backward(
@@ -283,9 +295,8 @@ def backward(
     inputs = (q, k, v, f, weight)
     heads, dtype = head_count(*inputs), output_dtype(q, k, v)
     batch, steps, _, key_dim = q.shape
-    value_dim = v.shape[3]
     q, k, v, dy = (_aligned(x, dtype) for x in (q, k, v, dy))
-    weight, saved = weight.float().contiguous(), saved.contiguous()
+    f, weight, saved = f.float(), weight.float().contiguous(), saved.contiguous()
     initial, offsets = _dense(initial_state, torch.float32), _dense(cu_seqlens, torch.int64)
     sequences = batch if offsets is None else len(offsets) - 1
     if d_final is None:
@@ -303,7 +314,7 @@ def backward(
         repeats = [heads // x.shape[2] for x in (q, k)]
         tiles = _tiles(sequences * heads, key_dim, q.device)
         slots = _slots(sequences * heads, math.gcd(*repeats), -(-key_dim // 16), q.device)
-        while (variant := _variant(key_dim, tiles, slots, q, k, v, f, state_clip)).backward_shared_bytes > SHARED_BYTES:
+        while (variant := _variant(key_dim, tiles, slots, q, k, v, state_clip)).backward_shared_bytes > SHARED_BYTES:
             tiles, slots = (tiles, next(s for s in range(slots - 1, 0, -1) if slots % s == 0)) if slots > 1 else (1, 1)
         units = lanes * heads // slots
 
@@ -341,14 +352,19 @@ def backward(
 
 
 def _variant(
-    key_dim: int, tiles: int, slots: int, q: Tensor, k: Tensor, v: Tensor, f: Tensor, clip: float | None = None
+    key_dim: int, tiles: int, slots: int, q: Tensor, k: Tensor, v: Tensor, clip: float | None = None
 ) -> _Variant:
     warps = -(-key_dim // (16 * tiles))
-    return _Variant(v.shape[3], tiles, warps, slots, output_dtype(q, k, v), f.dtype, clip is not None)
+    return _Variant(v.shape[3], tiles, warps, slots, output_dtype(q, k, v), clip is not None)
 
 
 def _rows(state: Tensor | None, rows: slice) -> Tensor | None:
     return None if state is None else state[:, :, rows]
+
+
+def _pad(state: Tensor | None, missing: int) -> Tensor | None:
+    """Columns of zeros, which stay zero and change nothing: tanh(0) = 0."""
+    return None if state is None else pad(state, (0, missing))
 
 
 def _sum_parts(parts: list[Tensor]) -> Tensor:
