@@ -96,7 +96,15 @@ __device__ __forceinline__ void prefetch(const void* data, i64 bytes, int thread
         asm volatile("prefetch.global.L2 [%0];" ::"l"((const char*)data + i));
 }
 
-__device__ __forceinline__ float as_float(const input_t* x, i64 index) { return load_as_float(x, index, INPUT); }
+__device__ __forceinline__ float as_float(const input_t* x, i64 index) {
+#if INPUT == 0
+    return low_bf16(x[index]);
+#elif INPUT == 1
+    return half_to_float(x[index]);
+#else
+    return x[index];
+#endif
+}
 __device__ __forceinline__ void store(input_t* x, i64 index, float value) {
 #if INPUT == 0
     x[index] = (u16)pack_bf16(value, 0.f);

@@ -83,7 +83,7 @@ def _macros(dtype: torch.dtype, value_dim: int, tiles: int, warps: int) -> tuple
     kind, parts = _DTYPES[dtype]
     return (
         ("V", value_dim), ("TILES", tiles), ("WARPS", warps), ("SLOTS", 1), ("CHUNK", 8),
-        ("INPUT", kind), ("GATE", 2), ("PARTS", parts),
+        ("INPUT", kind), ("PARTS", parts),
     )  # fmt: skip
 
 
