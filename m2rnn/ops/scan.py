@@ -386,14 +386,16 @@ def _scan_fake(
     name = _resolve(backend, q, k, v, f, weight)
     if name == "reference":
         return y, final, final.new_empty(0)
-    saved_dtype = y.dtype if name == "cuda" and y.dtype == torch.bfloat16 else dtype
     count = 0
     if save:  # a chunk length that depends on T binds an exported program to a range of T
         chunk = {"cuda": CUDA_CHUNK, "triton": TRITON_CHUNK}.get(name) or chunk_length(q.shape[1])
         # CUDA's chunks start at multiples of their length, packed or not; the others' where a sequence starts
         packed = cu_seqlens is not None and name != "cuda"
         count = saved_states(q.shape[0], q.shape[1], packed, chunk)
-    return y, final, final.new_empty(count, *state, dtype=saved_dtype)
+    if name == "cuda":
+        saved_dtype = y.dtype if y.dtype == torch.bfloat16 else dtype
+        return y, final, final.new_empty(count, *state[:2], cuda_width(state[2]), dtype=saved_dtype)
+    return y, final, final.new_empty(count, *state)
 
 
 @torch.library.impl(_LIBRARY, "scan_backward", "CompositeExplicitAutograd")
