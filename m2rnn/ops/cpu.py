@@ -147,7 +147,7 @@ class _Plan:
     head_groups: int
     row_blocks: int
 
-    @property
+    @cached_property
     def width(self) -> int:
         """V, padded to whole vectors."""
         return _round_up(self.value_dim, layout.VECTOR_BYTES // self.dtype.itemsize)
@@ -171,7 +171,7 @@ class _Plan:
         repeat = self.heads // weight_heads
         return np.array([self.heads, self.key_dim, self.value_dim, self.width, self.chunk, repeat], np.int64)
 
-    @property
+    @cached_property
     def group(self) -> int:
         """Heads of a unit."""
         return self.heads // self.head_groups
