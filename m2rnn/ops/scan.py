@@ -20,6 +20,7 @@ from m2rnn.ops.shapes import (
     CUDA_CHUNK,
     TRITON_CHUNK,
     chunk_length,
+    cuda_parts,
     cuda_width,
     head_count,
     output_dtype,
@@ -393,7 +394,7 @@ def _scan_fake(
         packed = cu_seqlens is not None and name != "cuda"
         count = saved_states(q.shape[0], q.shape[1], packed, chunk)
     if name == "cuda":
-        saved_dtype = y.dtype if y.dtype == torch.bfloat16 else dtype
+        saved_dtype = y.dtype if cuda_parts(y.dtype, q.shape[1]) == 1 else dtype
         return y, final, final.new_empty(count, *state[:2], cuda_width(state[2]), dtype=saved_dtype)
     return y, final, final.new_empty(count, *state)
 

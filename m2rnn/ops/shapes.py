@@ -38,3 +38,11 @@ def saved_states(batch: int, steps: int, packed: bool, chunk: int | None = None)
 def cuda_width(value_dim: int) -> int:
     """V as the CUDA kernels have it: the next of 8, 16, 32 and 64."""
     return next(width for width in (8, 16, 32, 64) if value_dim <= width)
+
+
+def cuda_parts(dtype: torch.dtype, steps: int) -> int:
+    """How many bfloat16 numbers each number is the sum of in the CUDA kernels' matrix products.
+
+    One for bfloat16. But y of few steps may be a sum that cancels, and there a second costs little.
+    """
+    return {torch.bfloat16: 1 if steps > CUDA_CHUNK else 2, torch.float16: 2, torch.float32: 3}[dtype]

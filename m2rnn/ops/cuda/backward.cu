@@ -47,11 +47,12 @@ struct BackwardShared {
     char v[SLOTS][tile_bytes<CHUNK, V>()];
     char dy[SLOTS][tile_bytes<CHUNK, V>()];
     float f[SLOTS][CHUNK];
+    float dweight[SLOTS][WARPS][V * V];  // dW of the chunks done, each warp's rows' share
 };
 
 struct Gradients {
     float carry[TILES][NT][4];       // c
-    float weight[KS][NT][4];         // dW, this warp's rows' share
+    float weight[KS][NT][4];         // dW of this chunk, this warp's rows' share
     float q[TILES][4], k[TILES][4];  // 16 rows × 8 steps
     float v[KS][4];                  // V × 8 steps, this warp's rows' share
     float f[8];                      // this lane's share
@@ -127,14 +128,10 @@ __device__ __forceinline__ void store_quad(void* data, i64 index, const float4 x
 // One step back of tile m. h and packed are the state before the step, z its update, next the state after it.
 __device__ __forceinline__ void step_back(
     Gradients& d, const Octet& in, int step, int m, const float (&h)[NT][4], const Packed& packed,
-    const float (&z)[NT][4], const Packed& next, const Matrix& transposed_weight, float clip, int lane
+    const float (&z)[NT][4], const Packed& next, const Matrix& transposed_weight, int lane
 ) {
     const float f = in.f[step], g = 1.f - f;
-    float(&carry)[NT][4] = d.carry[m];
-#if CLIP
-    clamp(carry, clip);
-#endif
-    add_outer(carry, in.queries_outer[m], in.dys_outer, contracted_mask(step, lane));  // now G
+    float(&carry)[NT][4] = d.carry[m];  // here it is G
     float dx[NT][4], df[2] = {};
 #pragma unroll
     for (int n = 0; n < NT; n++)
@@ -143,25 +140,39 @@ __device__ __forceinline__ void step_back(
             const float grad = carry[n][i], gz = g * z[n][i];
             df[i % 2] = fmaf(grad, h[n][i] - z[n][i], df[i % 2]);
             dx[n][i] = grad * fmaf(-gz, z[n][i], g);
-            carry[n][i] = f * grad;
         }
     d.f[step] += df[0] + df[1];
     Packed dx_packed;
     pack(dx_packed, dx);
-    multiply(carry, dx_packed, transposed_weight);
-    add_product(d.k[m], dx_packed, in.values, column_mask(step, lane));
-    add_product(d.q[m], next, in.dys, column_mask(step, lane));
+    float back[NT][4];
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) back[n][i] = PARTS == 1 ? f * carry[n][i] : 0.f;
+    multiply(back, dx_packed, transposed_weight);
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) carry[n][i] = PARTS == 1 ? back[n][i] : fmaf(f, carry[n][i], back[n][i]);
+
+    float dq[4] = {}, dk[4] = {}, dv[KS][4] = {};
+    add_product(dk, dx_packed, in.values);
+    add_column(d.k[m], dk, step, lane);
+    add_product(dq, next, in.dys);
+    add_column(d.q[m], dq, step, lane);
     Transposed dx_transposed, state_transposed;
     transpose(dx_transposed, dx_packed);
-    add_transposed_product(d.v, dx_transposed, in.keys[m], column_mask(step, lane));
+    add_transposed_product(dv, dx_transposed, in.keys[m]);
     transpose(state_transposed, packed);
 #pragma unroll
-    for (int k = 0; k < KS; k++)
+    for (int k = 0; k < KS; k++) {
+        add_column(d.v[k], dv[k], step, lane);
 #pragma unroll
         for (int n = 0; n < NT; n++)
             FOR_PARTS(i, j)
                 mma16(d.weight[k][n], state_transposed.part[i][k], dx_transposed.part[j][n / 2][n % 2],
                       dx_transposed.part[j][n / 2][n % 2 + 2]);
+    }
 }
 
 // The sums of 8 values over the lanes of a warp; lane i % 8 returns the i-th.
@@ -197,8 +208,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_backward(const Backw
     load_matrix(weight, p.weight + head / p.weight_repeat * V * V, false, lane);
     load_matrix(transposed_weight, p.weight + head / p.weight_repeat * V * V, true, lane);
     Gradients d;
-#pragma unroll
-    for (int k = 0; k < KS; k++) clear(d.weight[k]);
+    float* dweight = shared.dweight[slot][warp];
+    for (int i = lane; i < V * V; i += 32) dweight[i] = 0.f;
+    __syncwarp();
 
     // dq and dk are final where a block has all heads of their source, else partial sums over its heads
     const i64 window = p.window_end - p.window_begin, batches = p.offsets ? 1 : p.sequences;
@@ -289,13 +301,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_backward(const Backw
                             }
                         float z[NT][4];
                         clear(z);
-                        add_outer(z, keys[m], values, contracted_mask(step, lane));
+                        add_outer<CHUNK>(z, keys[m], values, octet, step, row + 16 * m, shared.k, shared.v[slot], lane);
                         update(z, packed[m], weight);
                         blend(h[m], z, shared.f[slot][octet + step]);
                         pack(packed[m], h[m]);
                     }
             }
 
+#pragma unroll
+            for (int k = 0; k < KS; k++) clear(d.weight[k]);
             Packed next[TILES];
 #pragma unroll
             for (int m = 0; m < TILES; m++) next[m] = packed[m];
@@ -325,6 +339,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_backward(const Backw
                     for (int k = 0; k < KS; k++) d.v[k][i] = 0.f;
                 }
 
+                auto add_output_gradient = [&](int step, int m) {  // G = q dyᵀ + clamp(c)
+#if CLIP
+                    // Steps before the sequence leave the carry as it is: not clamped either
+                    if (octet + step >= low) clamp(d.carry[m], p.clip);
+#endif
+                    add_outer<CHUNK>(d.carry[m], in.queries_outer[m], in.dys_outer, octet, step, row + 16 * m, shared.q, shared.dy[slot], lane);
+                };
 #pragma unroll UNROLLED
                 for (int step = 6; step >= 0; step -= 2)
 #pragma unroll
@@ -339,7 +360,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_backward(const Backw
                         float h0[NT][4], h1[NT][4], z0[NT][4], z1[NT][4];
                         unpack(h0, before);
                         clear(z0);
-                        add_outer(z0, in.keys_outer[m], in.values_outer, contracted_mask(step, lane));
+                        add_outer<CHUNK>(z0, in.keys_outer[m], in.values_outer, octet, step, row + 16 * m, shared.k, shared.v[slot], lane);
                         update(z0, before, weight);
 #pragma unroll
                         for (int n = 0; n < NT; n++)
@@ -348,14 +369,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_backward(const Backw
                         blend(h1, z0, in.f[step]);
                         pack(between, h1);
                         clear(z1);
-                        add_outer(z1, in.keys_outer[m], in.values_outer, contracted_mask(step + 1, lane));
+                        add_outer<CHUNK>(z1, in.keys_outer[m], in.values_outer, octet, step + 1, row + 16 * m, shared.k, shared.v[slot], lane);
                         update(z1, between, weight);
-                        // Steps before the sequence leave the carry as it is: not clamped either
-                        const float infinity = __uint_as_float(0x7f800000u);
-                        const float clip1 = octet + step + 1 >= low ? p.clip : infinity;
-                        const float clip0 = octet + step >= low ? p.clip : infinity;
-                        step_back(d, in, step + 1, m, h1, between, z1, next[m], transposed_weight, clip1, lane);
-                        step_back(d, in, step, m, h0, before, z0, between, transposed_weight, clip0, lane);
+                        add_output_gradient(step + 1, m);
+                        step_back(d, in, step + 1, m, h1, between, z1, next[m], transposed_weight, lane);
+                        add_output_gradient(step, m);
+                        step_back(d, in, step, m, h0, before, z0, between, transposed_weight, lane);
                         next[m] = before;
                     }
 
@@ -376,6 +395,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_backward(const Backw
                 const float df = sum_lanes(d.f, lane);
                 if (lane < 8) out.df[lane] = df;
             }
+#pragma unroll
+            for (int k = 0; k < KS; k++)
+                for_pairs(lane, [&](int n, int i, int matrix_row, int column) {
+                    if (16 * k + matrix_row >= V) return;
+                    float2& sum = *(float2*)(dweight + (16 * k + matrix_row) * V + column);
+                    sum = make_float2(sum.x + d.weight[k][n][i], sum.y + d.weight[k][n][i + 1]);
+                });
             __syncthreads();
             if (first > first_step) stage_chunk(first - CHUNK);
 
@@ -415,21 +441,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_backward(const Backw
         for (int m = 0; m < TILES; m++) store_state(d.carry[m], p.carry + state_offset, row + 16 * m, p.key_dim, lane);
     }
 
-    // dW: each warp's rows in turn
-    float* sums = (float*)shared.kept + (slot * WARPS + warp) * V * V;
     __syncthreads();
-#pragma unroll
-    for (int k = 0; k < KS; k++)
-        for_pairs(lane, [&](int n, int i, int matrix_row, int column) {
-            if (16 * k + matrix_row < V)
-                *(float2*)(sums + (16 * k + matrix_row) * V + column) = make_float2(d.weight[k][n][i], d.weight[k][n][i + 1]);
-        });
-    __syncthreads();
-    float* dweight = p.dweight + ((i64)unit_lane * p.heads + head) * V * V;
+    float* total = p.dweight + ((i64)unit_lane * p.heads + head) * V * V;
     for (int i = slot_thread; i < V * V; i += 32 * WARPS) {
         float sum = 0.f;
-        for (int w = 0; w < WARPS; w++) sum += ((const float*)shared.kept)[(slot * WARPS + w) * V * V + i];
-        dweight[i] += sum;
+        for (int w = 0; w < WARPS; w++) sum += shared.dweight[slot][w][i];
+        total[i] += sum;
     }
     finish_slice(finished, slice);
 }

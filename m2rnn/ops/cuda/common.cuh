@@ -5,7 +5,8 @@
 // Nothing is included, so that NVRTC needs no headers.
 //
 // A number that goes through the tensor cores is the sum of PARTS bfloat16 numbers: 1 for bfloat16 inputs, 2 for
-// float16 (16 bits), 3 for float32 (24 bits). Products of parts are exact and summed in float32.
+// float16 (16 bits) and for few steps, 3 for float32 (24 bits). Products of parts are exact and summed in float32, but
+// rounded towards zero: what is summed over many steps is added elsewhere.
 //
 // A tile is 16 rows of one head's state, and one warp owns it. A lane holds, of each 8 columns, two neighbours in row `lane / 4` and two
 // in the row 8 below: the layout of a tensor-core accumulator, which packed to bfloat16 is the layout of the operand A
@@ -60,7 +61,9 @@ __device__ __forceinline__ u16 float_to_half(float x) {
     return y;
 }
 __device__ __forceinline__ float load_as_float(const input_t* data, i64 index) {
-#if INPUT == 1
+#if INPUT == 0
+    return __uint_as_float((u32)data[index] << 16);
+#elif INPUT == 1
     return half_to_float(data[index]);
 #else
     return data[index];
@@ -210,9 +213,9 @@ __device__ __forceinline__ void transpose(Transposed& t, const Packed& a) {
 
 // ------------------------------------------------------------------------------------- operands over 8 time steps
 //
-// An outer product of one step's vectors is a product over time of which all steps but one are masked to zero; a
-// matrix-vector product of one step fills one of 8 columns of an accumulator that the 8 steps share. So vectors are
-// loaded once for 8 steps, straight in the operands' layouts, and a step takes a mask where it would take loads.
+// An outer product of one step's vectors is a product over time of which all steps but one are masked to zero; of the
+// product of one step's matrix with the vectors of all 8 steps, one column is kept. So vectors are loaded once for 8
+// steps, straight in the operands' layouts.
 
 __device__ __forceinline__ void ldmatrix2(u32& a, u32& b, u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(a), "=r"(b) : "r"(address));
@@ -274,38 +277,74 @@ __device__ __forceinline__ void load_columns(ColumnSteps& x, u32 tile, int step,
         }
 }
 
-// The bits to keep of a register that holds steps 2 (lane % 4) and the next, to keep one of 8 steps.
+// The bits to keep of a register that holds steps 2 (lane % 4) and the next, to keep one of 8 steps. Both operands are
+// masked, since 0 · NaN is not 0.
 __device__ __forceinline__ u32 contracted_mask(int step, int lane) {
     return lane % 4 == step / 2 ? (step % 2 ? 0xffff0000u : 0x0000ffffu) : 0u;
 }
-// The same where the lane's step is lane / 4.
-__device__ __forceinline__ u32 column_mask(int step, int lane) { return lane / 4 == step ? 0xffffffffu : 0u; }
 
-// x += r cᵀ of one step: r from operand A over steps, c from operand B over steps.
-__device__ __forceinline__ void add_outer(float (&x)[NT][4], const RowSteps& rows, const ColumnSteps& columns, u32 mask) {
+// A number of a staged tile.
+template <int LENGTH>
+__device__ __forceinline__ float tile_value(const char* tile, int columns, int step, int column) {
+    float sum = 0.f;
+#pragma unroll
+    for (int p = PARTS - 1; p >= 0; p--)
+        sum += __uint_as_float((u32)((const u16*)tile)[(p * LENGTH + step) * (columns + PAD) + column] << 16);
+    return sum;
+}
+
+// x += r cᵀ of step `first + step`, of whose octet rows and columns are the operands. In three parts a product that
+// overflows would be inf - inf, so float32 has no use for them.
+template <int LENGTH>
+__device__ __forceinline__ void add_outer(
+    float (&x)[NT][4], const RowSteps& rows, const ColumnSteps& columns, int first, int step, int row,
+    const char* row_tile, const char* column_tile, int lane
+) {
+#if PARTS == 3
+    const float upper = tile_value<LENGTH>(row_tile, ROWS, first + step, row + lane / 4);
+    const float lower = tile_value<LENGTH>(row_tile, ROWS, first + step, row + lane / 4 + 8);
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float column = tile_value<LENGTH>(column_tile, V, first + step, 8 * n + 2 * (lane % 4) + i);
+            x[n][i] = fmaf(upper, column, x[n][i]);
+            x[n][i + 2] = fmaf(lower, column, x[n][i + 2]);
+        }
+#else
+    const u32 mask = contracted_mask(step, lane);
 #pragma unroll
     for (int n = 0; n < NT; n++)
         FOR_PARTS(i, j)
-            mma8(x[n], rows.part[i][0], rows.part[i][1], columns.part[j][n] & mask);
+            mma8(x[n], rows.part[i][0] & mask, rows.part[i][1] & mask, columns.part[j][n] & mask);
+#endif
 }
 
-// Column `step` of y (V × 8 steps) += Aᵀ r.
-__device__ __forceinline__ void add_transposed_product(float (&y)[KS][4], const Transposed& a, const RowSteps& rows, u32 mask) {
+// y += x in the column of one of the 8 steps.
+__device__ __forceinline__ void add_column(float (&y)[4], const float (&x)[4], int step, int lane) {
+    if (lane % 4 == step / 2) {
+        y[step % 2] += x[step % 2];
+        y[step % 2 + 2] += x[step % 2 + 2];
+    }
+}
+
+// y (V × 8 steps) += Aᵀ r for the r of all 8 steps, of which one belongs to A.
+__device__ __forceinline__ void add_transposed_product(float (&y)[KS][4], const Transposed& a, const RowSteps& rows) {
 #pragma unroll
     for (int k = 0; k < KS; k++)
         FOR_PARTS(i, j)
-            mma16(y[k], a.part[i][k], rows.part[j][0] & mask, rows.part[j][1] & mask);
+            mma16(y[k], a.part[i][k], rows.part[j][0], rows.part[j][1]);
 }
 
-// Column `step` of y (16 rows × 8 steps) += A c.
-__device__ __forceinline__ void add_product(float (&y)[4], const Packed& a, const ColumnSteps& columns, u32 mask) {
+// y (16 rows × 8 steps) += A c for the c of all 8 steps, of which one belongs to A.
+__device__ __forceinline__ void add_product(float (&y)[4], const Packed& a, const ColumnSteps& columns) {
     FOR_PARTS(i, j)
 #pragma unroll
         for (int k = 0; k < KS; k++) {
 #if V == 8
-            mma8(y, a.part[i][k][0], a.part[i][k][1], columns.part[j][0] & mask);
+            mma8(y, a.part[i][k][0], a.part[i][k][1], columns.part[j][0]);
 #else
-            mma16(y, a.part[i][k], columns.part[j][2 * k] & mask, columns.part[j][2 * k + 1] & mask);
+            mma16(y, a.part[i][k], columns.part[j][2 * k], columns.part[j][2 * k + 1]);
 #endif
         }
 }
@@ -327,7 +366,7 @@ template <int LENGTH, int COLUMNS, int COUNT>
 __device__ __forceinline__ void stage(
     char* tile, const input_t* data, i64 stride, i64 first, i64 begin, i64 end, int columns, int thread
 ) {
-    constexpr int width = INPUT == 0 ? 8 : 2, pieces = COLUMNS / width, total = LENGTH * pieces;
+    constexpr int width = PARTS == 1 ? 8 : 2, pieces = COLUMNS / width, total = LENGTH * pieces;
     const int low = (int)(begin > first ? begin - first : 0);
     const int high = (int)(end - first < LENGTH ? end - first : LENGTH);
 #pragma unroll
@@ -337,7 +376,7 @@ __device__ __forceinline__ void stage(
         const int row = i / pieces, column = i % pieces * width;
         const bool valid = row >= low && row < high && column < columns;
         const input_t* from = valid ? data + (row * stride + column) : data;
-#if INPUT == 0
+#if PARTS == 1
         copy16(shared_address(tile) + 2 * (row * (COLUMNS + PAD) + column), from, valid);
 #else
         u32 parts[PARTS];

@@ -89,6 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_forward(const Forwar
             for (int m = 0; m < TILES; m++)
                 save_state(h[m], p.saved + (index * p.heads + head) * p.key_dim * V, row + 16 * m, p.key_dim, lane);
         }
+        const char *k_tile = shared.k[buffer], *v_tile = shared.v[buffer][slot];
 #pragma unroll 1
         for (int octet = 0; octet < STAGE; octet += 8) {
             if (first + octet + 8 <= begin || first + octet >= end) continue;
@@ -96,10 +97,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_forward(const Forwar
             ColumnSteps values;
 #pragma unroll
             for (int m = 0; m < TILES; m++) {
-                load_rows<STAGE>(keys[m], shared_address(shared.k[buffer]), octet, row + 16 * m, true, lane);
+                load_rows<STAGE>(keys[m], shared_address(k_tile), octet, row + 16 * m, true, lane);
                 load_rows<STAGE>(queries[m], shared_address(shared.q[buffer]), octet, row + 16 * m, false, lane);
             }
-            load_columns<STAGE>(values, shared_address(shared.v[buffer][slot]), octet, true, lane);
+            load_columns<STAGE>(values, shared_address(v_tile), octet, true, lane);
             alignas(16) float gates[8];
             *(float4*)gates = *(const float4*)&shared.f[buffer][slot][octet];
             *(float4*)(gates + 4) = *(const float4*)&shared.f[buffer][slot][octet + 4];
@@ -109,26 +110,30 @@ extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_forward(const Forwar
 #pragma unroll
             for (int m = 0; m < TILES; m++) {
                 clear(z[m]);
-                add_outer(z[m], keys[m], values, contracted_mask(0, lane));
+                add_outer<STAGE>(z[m], keys[m], values, octet, 0, row + 16 * m, k_tile, v_tile, lane);
             }
 #pragma unroll UNROLLED
-            for (int step = 0; step < 8; step++)
+            for (int step = 0; step < 8; step++) {
+                float sums[KS][4] = {};
 #pragma unroll
                 for (int m = 0; m < TILES; m++) {
                     float ahead[NT][4];
                     clear(ahead);
-                    if (step < 7) add_outer(ahead, keys[m], values, contracted_mask(step + 1, lane));
+                    if (step < 7) add_outer<STAGE>(ahead, keys[m], values, octet, step + 1, row + 16 * m, k_tile, v_tile, lane);
                     update(z[m], packed[m], weight);
                     blend(h[m], z[m], gates[step]);
                     pack(packed[m], h[m]);
                     Transposed transposed;
                     transpose(transposed, packed[m]);
-                    add_transposed_product(y, transposed, queries[m], column_mask(step, lane));
+                    add_transposed_product(sums, transposed, queries[m]);
 #pragma unroll
                     for (int n = 0; n < NT; n++)
 #pragma unroll
                         for (int i = 0; i < 4; i++) z[m][n][i] = ahead[n][i];
                 }
+#pragma unroll
+                for (int k = 0; k < KS; k++) add_column(y[k], sums[k], step, lane);
+            }
 #pragma unroll
             for (int tile = 0; tile < KS; tile++)
 #pragma unroll

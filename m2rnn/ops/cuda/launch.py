@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from m2rnn.ops.cuda.compiler import cubin
 from m2rnn.ops.cuda.driver import Kernel
 from m2rnn.ops.shapes import CUDA_CHUNK as CHUNK
-from m2rnn.ops.shapes import cuda_width, head_count, output_dtype
+from m2rnn.ops.shapes import cuda_parts, cuda_width, head_count, output_dtype
 
 STAGE = 32  # steps in shared memory at a time in the forward pass, as in forward.cu
 PAD = 8  # as in common.cuh
@@ -26,7 +26,6 @@ PARTIAL_BYTES = 64 << 20  # for sums of dq and dk over groups of heads
 DWEIGHT_BYTES = 64 << 20  # for sums of dW over sequences
 
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # INPUT
-_PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
 class _Strided(ctypes.Structure):
@@ -83,11 +82,8 @@ class _Variant:
     warps: int
     slots: int
     dtype: torch.dtype
+    parts: int
     clip: bool = False
-
-    @property
-    def parts(self) -> int:
-        return _PARTS[self.dtype]
 
     @property
     def macros(self) -> tuple[tuple[str, int], ...]:
@@ -123,7 +119,7 @@ class _Variant:
         gradients = 4 * 8 * (2 * (16 * self.tiles + 4) + self.value_dim + 4 + 1)
         alignment = 4 * registers
         kept = -(-max(states, gradients) // alignment) * alignment
-        columns = 2 * self.tile_bytes(CHUNK, self.value_dim) + 4 * CHUNK
+        columns = 2 * self.tile_bytes(CHUNK, self.value_dim) + 4 * CHUNK + 4 * self.warps * self.value_dim**2
         return 2 * self.tile_bytes(CHUNK, self.rows) + self.slots * (CHUNK // 8 * self.warps * kept + columns)
 
 
@@ -237,7 +233,7 @@ def forward(
     final = q.new_empty(sequences, *state, dtype=torch.float32)
     y = q.new_empty(batch, steps, heads, v.shape[3])
     count = batch * (max(steps - 1, 0) // CHUNK) if save else 0
-    saved = q.new_empty(count, *state, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
+    saved = q.new_empty(count, *state, dtype=dtype if cuda_parts(dtype, steps) == 1 else torch.float32)
 
     with torch.cuda.device(q.device):
         variant = _variant(key_dim, _tiles(sequences * heads, key_dim, q.device), 1, q, k, v)
@@ -354,8 +350,8 @@ def backward(
 def _variant(
     key_dim: int, tiles: int, slots: int, q: Tensor, k: Tensor, v: Tensor, clip: float | None = None
 ) -> _Variant:
-    warps = -(-key_dim // (16 * tiles))
-    return _Variant(v.shape[3], tiles, warps, slots, output_dtype(q, k, v), clip is not None)
+    warps, dtype = -(-key_dim // (16 * tiles)), output_dtype(q, k, v)
+    return _Variant(v.shape[3], tiles, warps, slots, dtype, cuda_parts(dtype, q.shape[1]), clip is not None)
 
 
 def _rows(state: Tensor | None, rows: slice) -> Tensor | None:
