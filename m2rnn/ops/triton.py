@@ -333,7 +333,7 @@ class _Problem:
         self.heads = head_count(q, k, v, f, weight)
         self.steps, self.key_dim, self.value_dim = q.shape[1], q.shape[3], v.shape[3]
         self.sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-        self.offsets = cu_seqlens
+        self.offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
         self.dtype, self.output_dtype = state_dtype(q, k, v, f, weight), output_dtype(q, k, v)
         self.inputs = (*(self.view(x) for x in (q, k, v, f)), self.view(weight.transpose(0, 1)[None]))
         self.sizes = (self.offsets, self.steps, self.heads, self.key_dim, self.value_dim)

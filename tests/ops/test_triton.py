@@ -54,6 +54,7 @@ CASES = [
     Case(key=5, value=1, dtype=torch.float16, gates=torch.float32, layout="expanded", forget="slow"),
     Case(key=40, value=64, heads=(1, 1, 1, 1, 1), clip=0.1),  # three blocks of rows
     Case(key=18, value=7, heads=(1, 2, 2, 2, 1), dtype=torch.float64, layout="strided"),  # two
+    Case(time=1, key=300, heads=(1, 1, 3, 3, 3)),  # five blocks; more heads than are added up at once
     Case(lengths=(0, 4, 3), heads=(1, 1, 2, 2, 2), layout="transposed", clip=0.1),
     Case(lengths=(3, 0, 0, 2), heads=(1, 2, 1, 2, 2), initial=False, index=torch.int32),
 ]
@@ -67,7 +68,7 @@ def test_results_and_gradients_match_float64(case: Case) -> None:
 
 CHUNKED = [
     Case(batch=2, time=5, clip=0.1, heads=(1, 2, 2, 1, 1)),
-    Case(lengths=(5, 0, 1, 2), heads=(2, 1, 1, 1, 2), initial=False, dtype=torch.float16, gates=torch.float32),
+    Case(lengths=(5, 0, 1, 3), heads=(2, 1, 1, 1, 2), initial=False, dtype=torch.float16, gates=torch.float32),
     Case(time=4, key=18, heads=(1, 1, 1, 1, 1), dtype=torch.float64),
 ]
 
