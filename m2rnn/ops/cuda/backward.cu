@@ -125,6 +125,21 @@ __device__ __forceinline__ void store_quad(void* data, i64 index, const float4 x
     }
 }
 
+// x ← f x + products, by the tensor cores alone in one part; in more, whose errors they would exceed in the long run,
+// they sum the products only.
+__device__ __forceinline__ void start_sum(float (&sum)[NT][4], const float (&x)[NT][4], float f) {
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) sum[n][i] = PARTS == 1 ? f * x[n][i] : 0.f;
+}
+__device__ __forceinline__ void finish_sum(float (&x)[NT][4], const float (&sum)[NT][4], float f) {
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) x[n][i] = PARTS == 1 ? sum[n][i] : fmaf(f, x[n][i], sum[n][i]);
+}
+
 // One step back of tile m. h and packed are the state before the step, z its update, next the state after it.
 __device__ __forceinline__ void step_back(
     Gradients& d, const Octet& in, int step, int m, const float (&h)[NT][4], const Packed& packed,
@@ -145,15 +160,9 @@ __device__ __forceinline__ void step_back(
     Packed dx_packed;
     pack(dx_packed, dx);
     float back[NT][4];
-#pragma unroll
-    for (int n = 0; n < NT; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) back[n][i] = PARTS == 1 ? f * carry[n][i] : 0.f;
+    start_sum(back, carry, f);
     multiply(back, dx_packed, transposed_weight);
-#pragma unroll
-    for (int n = 0; n < NT; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) carry[n][i] = PARTS == 1 ? back[n][i] : fmaf(f, carry[n][i], back[n][i]);
+    finish_sum(carry, back, f);
 
     float dq[4] = {}, dk[4] = {}, dv[KS][4] = {};
     add_product(dk, dx_packed, in.values);
@@ -167,11 +176,14 @@ __device__ __forceinline__ void step_back(
 #pragma unroll
     for (int k = 0; k < KS; k++) {
         add_column(d.v[k], dv[k], step, lane);
+        float dweight[NT][4];
+        start_sum(dweight, d.weight[k], 1.f);
 #pragma unroll
         for (int n = 0; n < NT; n++)
             FOR_PARTS(i, j)
-                mma16(d.weight[k][n], state_transposed.part[i][k], dx_transposed.part[j][n / 2][n % 2],
+                mma16(dweight[n], state_transposed.part[i][k], dx_transposed.part[j][n / 2][n % 2],
                       dx_transposed.part[j][n / 2][n % 2 + 2]);
+        finish_sum(d.weight[k], dweight, 1.f);
     }
 }
 
@@ -342,7 +354,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_backward(const Backw
                 auto add_output_gradient = [&](int step, int m) {  // G = q dyᵀ + clamp(c)
 #if CLIP
                     // Steps before the sequence leave the carry as it is: not clamped either
-                    if (octet + step >= low) clamp(d.carry[m], p.clip);
+                    clamp(d.carry[m], octet + step >= low ? p.clip : __uint_as_float(0x7f800000u));
 #endif
                     add_outer<CHUNK>(d.carry[m], in.queries_outer[m], in.dys_outer, octet, step, row + 16 * m, shared.q, shared.dy[slot], lane);
                 };

@@ -182,10 +182,13 @@ def _slots(heads: int, shared_heads: int, warps: int, device: torch.device) -> i
     return max(s for s in range(1, 5) if s == 1 or (shared_heads % s == 0 and s * warps <= 16 and s <= busiest))
 
 
-def _slices(units: int, steps: int, device: torch.device) -> tuple[int, int, Tensor | None]:
-    """How many slices of time, their length, and counters of those done, if units spread unevenly over the GPU."""
+def _slices(units: int, together: int, steps: int, device: torch.device) -> tuple[int, int, Tensor | None]:
+    """How many slices of time, their length, and counters of those done, if units spread unevenly over the GPU.
+
+    Not where the busiest multiprocessor runs all of its units ``together``: blocks of slices would crowd them.
+    """
     busiest = -(-units // _multiprocessors(device))
-    if busiest == 1 or busiest * _multiprocessors(device) < 1.03 * units or steps < 4 * SLICE:
+    if busiest <= together or busiest * _multiprocessors(device) < 1.03 * units or steps < 4 * SLICE:
         return 1, max(steps, 1), None
     return -(-steps // SLICE), SLICE, torch.zeros(units, dtype=torch.int32, device=device)
 
@@ -238,7 +241,7 @@ def forward(
     with torch.cuda.device(q.device):
         variant = _variant(key_dim, _tiles(sequences * heads, key_dim, q.device), 1, q, k, v)
         units = sequences * heads
-        slices, length, finished = _slices(units, steps, q.device)
+        slices, length, finished = _slices(units, 2, steps, q.device)
         arguments = _Forward(
             *(_Strided.of(x, heads) for x in (q, k, v, f)),
             *(_pointer(x) for x in (weight, initial, final, saved if count else None, y, offsets, finished)),
@@ -326,7 +329,7 @@ def backward(
         ]
         for begin in range((steps - 1) // window * window, -1, -window):
             end = min(begin + window, steps)
-            slices, length, finished = _slices(units, end - begin, q.device)
+            slices, length, finished = _slices(units, 1 if slots > 2 else 2, end - begin, q.device)
             arguments = _Backward(
                 *(_Strided.of(x, heads) for x in (q, k, v, f, dy)),
                 *(_pointer(x) for x in (weight, initial, saved, offsets, carry)),
