@@ -1,6 +1,6 @@
 """Causal softmax attention, with or without rotary positions."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,50 @@ class AttentionState(NamedTuple):
             return AttentionState(self.keys[:, :kept], self.values[:, :kept], None)
         from_the_end = self.valid.flip(1).cumsum(1).flip(1)
         return self._replace(valid=self.valid & (from_the_end > tokens))
+
+    def static(self, length: int) -> "StaticAttentionState":
+        """A copy with room for ``length`` tokens."""
+        batch, past = self.keys.shape[:2]
+        if past > length:
+            raise ValueError(f"a static cache of {length} tokens cannot hold {past}")
+        keys, values = (F.pad(x, (0, 0, 0, 0, 0, length - past)) for x in (self.keys, self.values))
+        valid = self.keys.new_ones(batch, past, dtype=torch.bool) if self.valid is None else self.valid
+        used = torch.full((batch,), past, device=valid.device)
+        return StaticAttentionState(keys, values, F.pad(valid, (0, length - past)), used)
+
+
+class StaticAttentionState(NamedTuple):
+    """Keys and values with room for more, which a single token fills at addresses that a CUDA graph can keep.
+
+    Attributes:
+        keys: ``[B, L, kv heads, head_dim]``, zeros in unused slots; values: same shape.
+        values: see keys.
+        valid: bool ``[B, L]``, True at slots that hold a token.
+        used: int64 ``[B]``, number of slots in use, the same for all.
+    """
+
+    keys: Tensor
+    values: Tensor
+    valid: Tensor
+    used: Tensor
+
+    def lengths(self) -> Tensor:
+        """Tokens seen ``[B, 1]``."""
+        return self.valid.sum(1, keepdim=True)
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Keep one token's keys and values ``[B, 1, kv heads, head_dim]``."""
+        slot = self.used[:1]
+        self.keys.index_copy_(1, slot, k.to(self.keys.dtype))
+        self.values.index_copy_(1, slot, v.to(self.values.dtype))
+        self.valid.index_fill_(1, slot, True)
+        self.used.add_(1)
+
+    def dynamic(self) -> AttentionState:
+        """The state as one that grows; the host waits for the device."""
+        used = int(self.used[0])
+        valid = self.valid[:, :used]
+        return AttentionState(self.keys[:, :used], self.values[:, :used], None if bool(valid.all()) else valid)
 
 
 class Attention(nn.Module):
@@ -77,16 +121,16 @@ class Attention(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        state: AttentionState | None = None,
+        state: AttentionState | StaticAttentionState | None = None,
         packing: Packing | None = None,
         *,
         position_ids: Tensor | None = None,
         output_state: bool = True,
-    ) -> tuple[Tensor, AttentionState | None]:
+    ) -> tuple[Tensor, AttentionState | StaticAttentionState | None]:
         """Mix along time; arguments and results as in ``M2RNN.forward``.
 
-        ``position_ids`` (``[B, T]`` or ``[1, T]``, packed like ``hidden``) only matter with ``rope_theta``;
-        by default they count the tokens of each sequence from 0.
+        A ``StaticAttentionState`` takes a single token, in place. ``position_ids`` (``[B, T]`` or ``[1, T]``, packed
+        like ``hidden``) only matter with ``rope_theta``; by default they count the tokens of each sequence from 0.
         """
         heads = self.in_proj(hidden)
         heads = heads.view(*hidden.shape[:2], self.num_heads + 2 * self.num_kv_heads, self.head_dim)
@@ -102,24 +146,31 @@ class Attention(nn.Module):
                 position_ids = steps if state is None else steps + state.lengths()
             q, k = rotate(q, position_ids, self.rope_theta), rotate(k, position_ids, self.rope_theta)
 
+        if isinstance(state, StaticAttentionState):
+            assert packing is None
+            assert hidden.shape[1] == 1
+            state.append(k, v)
+            y = self._attend(q, state.keys, state.values, attn_mask=state.valid[:, None, None])
+            return self.out_proj(y), state if output_state else None
+
         past = 0 if state is None else state.keys.shape[1]
         keys, values = k, v
         if state is not None:
             keys = torch.cat([state.keys.to(k.dtype), k], 1)
             values = torch.cat([state.values.to(v.dtype), v], 1)
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=None if state is None else self._mask(state, q.shape[1]),
-            is_causal=past == 0,
-            enable_gqa=self.num_heads != self.num_kv_heads,
-        )
-        y = y.transpose(1, 2).flatten(2)
+        mask = None if state is None else self._mask(state, q.shape[1])
+        y = self._attend(q, keys, values, attn_mask=mask, is_causal=past == 0)
         if packing is not None:
             y = packing.pack(y)
         final_state = AttentionState(keys, values, _valid(state, packing, k)) if output_state else None
         return self.out_proj(y), final_state
+
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
+        """[B, T, heads, head_dim] and [B, S, kv heads, head_dim] to [B, T, heads · head_dim]."""
+        q, keys, values = q.transpose(1, 2), keys.transpose(1, 2).to(q.dtype), values.transpose(1, 2).to(q.dtype)
+        shared = self.num_heads != self.num_kv_heads
+        y = F.scaled_dot_product_attention(q, keys, values, enable_gqa=shared, **options)
+        return y.transpose(1, 2).flatten(2)
 
     @staticmethod
     def _mask(state: AttentionState, steps: int) -> Tensor | None:

@@ -1,8 +1,10 @@
 """What a model remembers between calls of ``generate``: one state a layer."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -16,6 +18,14 @@ class LayerState:
 
     def __init__(self) -> None:
         self.state: Any = None
+
+    def read(self, one_token: bool) -> Any:
+        """The state for the mixer's next call, of one token for each sequence or of more."""
+        return self.state
+
+    def write(self, state: Any, one_token: bool = False) -> None:
+        """Keep the state after that call."""
+        self.state = state
 
     @property
     def is_croppable(self) -> bool:
@@ -35,21 +45,81 @@ class LayerState:
     def map(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor of the state by ``fn(tensor)``."""
         if self.state is not None:
-            self.state = type(self.state)(*(None if x is None else fn(x) for x in self.state))
+            self.write(type(self.state)(*(None if x is None else fn(x) for x in self.state)))
+
+
+class StaticLayerState(LayerState):
+    """A state whose tensors stay where they are: single tokens update them, and later prompts are copied into them.
+
+    Args:
+        length: how many tokens of each sequence there is room for, where a layer keeps tokens.
+    """
+
+    is_compileable = True
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+        self.allocations = 0  #: how often the tensors were replaced, for want of room or for another batch
+        self._kept: Any = None
+
+    @property
+    def is_croppable(self) -> bool:
+        return self.state is None
+
+    def get_max_length(self) -> int:
+        return self.length
+
+    def read(self, one_token: bool) -> Any:
+        return self.state if one_token or not hasattr(self.state, "dynamic") else self.state.dynamic()
+
+    def write(self, state: Any, one_token: bool = False) -> None:
+        if self.state is None or not one_token:
+            state = state.static(self.length) if hasattr(state, "static") else state
+            if self._kept is None or [*map(_kind, state)] != [*map(_kind, self._kept)]:
+                self._keep(state)
+        for kept, new in zip(self._kept, state, strict=True):
+            if kept is not new:
+                kept.copy_(new)
+        self.state = self._kept
+
+    def _keep(self, state: Any) -> None:
+        self._kept = state
+        self.allocations += 1
+        if "torch._dynamo" in sys.modules:  # as transformers' static cache does: for graphs made by torch.compile
+            for x in state:
+                if x is not None:
+                    torch._dynamo.mark_static_address(x)
+
+
+def _kind(x: Tensor | None) -> Any:
+    """What must be equal for one tensor to be copied into another, which keeps inference tensors apart."""
+    return None if x is None else (x.shape, x.dtype, x.device, x.is_inference())
 
 
 class M2RNNCache(Cache):
     """States of all layers after ``get_seq_length()`` time steps, padding included.
 
     The layers keep their states as they are, in their own dtypes; a new state replaces the old one and never
-    writes into it.
+    writes into it. Not so in a static cache: there each state stays at its address, for CUDA graphs.
+
+    Args:
+        num_layers: how many layers the model has.
+        static_length: makes the cache static, with room for this many tokens of each sequence.
     """
 
     layers: list[LayerState]  # type: ignore[assignment]
 
-    def __init__(self, num_layers: int) -> None:
-        super().__init__(layers=[LayerState() for _ in range(num_layers)])  # type: ignore[misc]
+    def __init__(self, num_layers: int, static_length: int | None = None) -> None:
+        layers = [LayerState() if static_length is None else StaticLayerState(static_length) for _ in range(num_layers)]
+        super().__init__(layers=layers)  # type: ignore[arg-type]
+        self.static_length = static_length
         self.steps = 0
+
+    @property
+    def allocations(self) -> int:
+        """How often tensors of a static cache were replaced."""
+        return sum(layer.allocations for layer in self.layers if isinstance(layer, StaticLayerState))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.steps

@@ -4,6 +4,8 @@
 # ruff: noqa: RUF012
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    CompileConfig,
     GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
@@ -24,6 +27,7 @@ from transformers.utils.generic import can_return_tuple
 
 from m2rnn.layers import OutputProjection, Packing
 from m2rnn.models.cache import M2RNNCache
+from m2rnn.models.capture import CapturedDecoding
 from m2rnn.models.config import MIXERS, MLPS, M2RNNConfig
 from m2rnn.models.loss import IGNORED, chunked_cross_entropy
 
@@ -163,19 +167,20 @@ class M2RNNModel(M2RNNPreTrainedModel):
         def unpacked(hidden: Tensor) -> Tensor:
             return hidden if padded is None else padded.pad(hidden)
 
+        one_token = packing is None and hidden.shape[1] == 1 and not torch.is_grad_enabled()
         hidden_states = []
         for layer, block in enumerate(self.layers):
             if output_hidden_states:
                 hidden_states.append(unpacked(hidden))
             hidden, state = block(
                 hidden,
-                state=None if cache is None else cache.layers[layer].state,
+                state=None if cache is None else cache.layers[layer].read(one_token),
                 packing=packing,
                 position_ids=position_ids,
                 output_state=use_cache,
             )
             if cache is not None and use_cache:
-                cache.layers[layer].state = state
+                cache.layers[layer].write(state, one_token)
         if cache is not None and use_cache:
             cache.steps += steps
         hidden = unpacked(self.norm(hidden))
@@ -227,6 +232,7 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # Tells generate() that a recurrent state cannot go back to an earlier token.
         self._is_stateful = any(mixer != "attention" for mixer in config.mixers)
+        self._captured = CapturedDecoding()
         self.post_init()
 
     @can_return_tuple
@@ -292,13 +298,49 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
         )
 
     def _prepare_cache_for_generation(  # type: ignore[override]
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
         kind = generation_config.cache_implementation
-        if kind is not None and not kind.startswith("dynamic"):
-            raise ValueError(f"cache_implementation must be None, got {kind!r}: the model makes its own cache")
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = M2RNNCache(self.config.num_hidden_layers)
+        if kind is not None and kind != "static" and not kind.startswith("dynamic"):
+            raise ValueError(
+                f"cache_implementation must be None or 'static', got {kind!r}: the model makes its own cache"
+            )
+        if generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
+            return
+        if kind == "static" and generation_config.prefill_chunk_size == 1:
+            raise ValueError(
+                "prefill_chunk_size must be at least 2 with a static cache, which takes no mask for one token"
+            )
+        layers = self.config.num_hidden_layers
+        if kind != "static":
+            cache = M2RNNCache(layers)
+        elif generation_config.return_dict_in_generate:  # the caller keeps it
+            cache = M2RNNCache(layers, max_cache_length)
+        else:
+            cache = self._captured.static_cache(layers, max_cache_length)
+        model_kwargs["past_key_values"] = cache
+
+    @staticmethod
+    def create_masks_for_generate(
+        inputs_embeds: Tensor, attention_mask: Tensor | None, is_first_iteration: bool = False, **kwargs: Any
+    ) -> Tensor | None:
+        """The mask that ``generate`` gives the model with a static cache: none for a generated token, which is real."""
+        return None if inputs_embeds.shape[1] == 1 and not is_first_iteration else attention_mask
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
+        """How ``generate`` calls the model for single tokens with a static cache: in a CUDA graph.
+
+        ``CompileConfig`` asks for torch.compile instead.
+        """
+        if compile_config is not None or {parameter.device.type for parameter in self.parameters()} != {"cuda"}:
+            return super().get_compiled_call(compile_config)
+        self._captured.start(self)
+        return partial(self._captured, self)
 
 
 def next_labels(labels: Tensor, packing: Packing | None) -> Tensor:

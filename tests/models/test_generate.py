@@ -152,8 +152,10 @@ def test_assisted_generation_where_the_states_allow_it() -> None:
 
 
 def test_other_cache_kinds_are_refused() -> None:
-    with pytest.raises(ValueError, match="cache_implementation must be None, got 'static'"):
-        generate(make(), prompts(1), cache_implementation="static")
+    with pytest.raises(ValueError, match="cache_implementation must be None or 'static', got 'quantized'"):
+        generate(make(), prompts(1), cache_implementation="quantized")
+    with pytest.raises(ValueError, match="prefill_chunk_size must be at least 2"):
+        generate(make(), prompts(1), cache_implementation="static", prefill_chunk_size=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
