@@ -49,6 +49,7 @@ struct BackwardShared {
     float f[SLOTS][CHUNK];
     float dweight[SLOTS][WARPS][V * V];  // dW of the chunks done, each warp's rows' share
 };
+static_assert(sizeof(BackwardShared) == SHARED_BYTES, "the launcher counts otherwise");
 
 struct Gradients {
     float carry[TILES][NT][4];       // c

@@ -23,6 +23,7 @@ struct ForwardShared {
     float f[2][SLOTS][STAGE];
     float y[2][SLOTS][WARPS][STAGE][Y_ROW];
 };
+static_assert(sizeof(ForwardShared) == SHARED_BYTES, "the launcher counts otherwise");
 
 extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_forward(const Forward p) {
     extern __shared__ __align__(16) char memory[];

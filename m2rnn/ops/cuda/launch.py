@@ -20,7 +20,6 @@ from m2rnn.ops.shapes import cuda_parts, cuda_width, head_count, output_dtype
 
 STAGE = 32  # steps in shared memory at a time in the forward pass, as in forward.cu
 PAD = 8  # as in common.cuh
-SHARED_BYTES = 227 << 10  # of a block
 SLICE = 128  # steps of a slice of time, long against what a block takes to start
 PARTIAL_BYTES = 64 << 20  # for sums of dq and dk over groups of heads
 DWEIGHT_BYTES = 64 << 20  # for sums of dW over sequences
@@ -85,13 +84,12 @@ class _Variant:
     parts: int
     clip: bool = False
 
-    @property
-    def macros(self) -> tuple[tuple[str, int], ...]:
+    def macros(self, source: str) -> tuple[tuple[str, int], ...]:
         return (
             ("V", self.value_dim), ("TILES", self.tiles), ("WARPS", self.warps), ("SLOTS", self.slots),
             ("CHUNK", CHUNK),
             ("INPUT", _TYPES[self.dtype]), ("PARTS", self.parts),
-            ("CLIP", int(self.clip)),
+            ("CLIP", int(self.clip)), ("SHARED_BYTES", self.shared_bytes(source)),
         )  # fmt: skip
 
     @property
@@ -105,15 +103,13 @@ class _Variant:
     def tile_bytes(self, length: int, columns: int) -> int:
         return self.parts * length * (columns + PAD) * 2
 
-    @property
-    def forward_shared_bytes(self) -> int:
-        rows = 2 * self.tile_bytes(STAGE, self.rows)
-        columns = self.tile_bytes(STAGE, self.value_dim) + 4 * STAGE
-        sums = self.warps * STAGE * (self.value_dim + 4) * 4
-        return 2 * (rows + self.slots * (columns + sums))
-
-    @property
-    def backward_shared_bytes(self) -> int:
+    def shared_bytes(self, source: str) -> int:
+        """The size of ForwardShared or BackwardShared, which the sources check."""
+        if source == "forward":
+            rows = 2 * self.tile_bytes(STAGE, self.rows)
+            columns = self.tile_bytes(STAGE, self.value_dim) + 4 * STAGE
+            sums = self.warps * STAGE * (self.value_dim + 4) * 4
+            return 2 * (rows + self.slots * (columns + sums))
         registers = 2 if self.value_dim == 8 else 4
         states = 4 * self.tiles * self.parts * -(-self.value_dim // 16) * 32 * 4 * registers
         gradients = 4 * 8 * (2 * (16 * self.tiles + 4) + self.value_dim + 4 + 1)
@@ -126,12 +122,8 @@ class _Variant:
 @lru_cache(maxsize=256)
 def _kernel(name: str, variant: _Variant, device: int) -> Kernel:
     source = "forward" if name == "forward" else "backward"
-    code = cubin(source, variant.macros, torch.cuda.get_device_capability(device))
-    threads, shared_bytes = {
-        "forward": (variant.threads, variant.forward_shared_bytes),
-        "backward": (variant.threads, variant.backward_shared_bytes),
-        "sum": (128, 0),
-    }[name]
+    code = cubin(source, variant.macros(source), torch.cuda.get_device_capability(device))
+    threads, shared_bytes = (128, 0) if name == "sum" else (variant.threads, variant.shared_bytes(source))
     return Kernel(code, f"m2rnn_{name}", threads, shared_bytes, device)
 
 
@@ -143,8 +135,13 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor) -> str |
         return f"{gpu} has compute capability {major}.{minor}, and the CUDA kernels need 8.0"
     if torch.float64 in (x.dtype for x in (q, k, v, f, weight)):
         return "the CUDA kernels have a float32 state, not float64"
-    if v.shape[-1] > 64:
-        return f"V is {v.shape[-1]}, and the CUDA kernels take up to 64"
+    value_dim, dtype = v.shape[-1], output_dtype(q, k, v)
+    if value_dim > 64:
+        return f"V is {value_dim}, and the CUDA kernels take up to 64"
+    least = _Variant(cuda_width(value_dim), 1, 1, 1, dtype, cuda_parts(dtype, q.shape[1]))
+    if least.shared_bytes("backward") > _shared_limit(q.device):
+        gpu = torch.cuda.get_device_name(q.device)
+        return f"V is {value_dim} in {str(dtype)[6:]}, for which {gpu} has too little shared memory"
     return None
 
 
@@ -193,13 +190,21 @@ def _slices(units: int, together: int, steps: int, device: torch.device) -> tupl
     return -(-steps // SLICE), SLICE, torch.zeros(units, dtype=torch.int32, device=device)
 
 
-def _row_groups(variant: Callable[[int], _Variant], key_dim: int) -> list[slice]:
+@lru_cache
+def _shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a block can have."""
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 99 << 10)
+
+
+def _row_groups(variant: Callable[[int], _Variant], key_dim: int, device: torch.device) -> list[slice]:
     """Rows of the state to work on together: all of them, unless a block has not the shared memory or threads.
 
     Rows are independent of each other, so a state of many rows is several of few.
     """
     rows = key_dim
-    while rows > 16 and (variant(rows).backward_shared_bytes > SHARED_BYTES or variant(rows).threads > 512):
+    limit = _shared_limit(device)
+    while rows > 16 and (variant(rows).shared_bytes("backward") > limit or variant(rows).threads > 512):
         rows = -(-rows // 32) * 16
     return [slice(first, min(first + rows, key_dim)) for first in range(0, key_dim, rows)]
 
@@ -220,7 +225,7 @@ def forward(
         v, weight, initial_state = pad(v, (0, missing)), pad(weight, (0, missing) * 2), _pad(initial_state, missing)
         y, final, saved = forward(q, k, v, f, weight, initial_state, cu_seqlens, save)
         return y[..., :value_dim].contiguous(), final[..., :value_dim].contiguous(), saved
-    groups = _row_groups(lambda rows: _variant(rows, 1, 1, q, k, v), q.shape[3])
+    groups = _row_groups(lambda rows: _variant(rows, 1, 1, q, k, v), q.shape[3], q.device)
     if len(groups) > 1:
         parts = [forward(q[..., g], k[..., g], v, f, weight, _rows(initial_state, g), cu_seqlens, save) for g in groups]
         ys, finals, saves = (list(x) for x in zip(*parts, strict=True))
@@ -274,7 +279,7 @@ def backward(
         )
         dv, dweight = dv[..., :value_dim].contiguous(), dweight[:, :value_dim, :value_dim].contiguous()
         return dq, dk, dv, df, dweight, None if d_initial is None else d_initial[..., :value_dim].contiguous()
-    row_groups = _row_groups(lambda rows: _variant(rows, 1, 1, q, k, v), q.shape[3])
+    row_groups = _row_groups(lambda rows: _variant(rows, 1, 1, q, k, v), q.shape[3], q.device)
     if len(row_groups) > 1:
         parts = [
             backward(
@@ -313,8 +318,13 @@ def backward(
         repeats = [heads // x.shape[2] for x in (q, k)]
         tiles = _tiles(sequences * heads, key_dim, q.device)
         slots = _slots(sequences * heads, math.gcd(*repeats), -(-key_dim // 16), q.device)
-        while (variant := _variant(key_dim, tiles, slots, q, k, v, state_clip)).backward_shared_bytes > SHARED_BYTES:
-            tiles, slots = (tiles, next(s for s in range(slots - 1, 0, -1) if slots % s == 0)) if slots > 1 else (1, 1)
+        slots = max(
+            s
+            for s in range(1, slots + 1)
+            if slots % s == 0
+            and (s == 1 or _variant(key_dim, tiles, s, q, k, v).shared_bytes("backward") <= _shared_limit(q.device))
+        )
+        variant = _variant(key_dim, tiles, slots, q, k, v, state_clip)
         units = lanes * heads // slots
 
         # Several blocks share a head of q or k: their partial sums, for a window of time that fits, are summed after
