@@ -79,10 +79,11 @@ class Kernel:
         _check(status, "launching a CUDA kernel")
 
     def fits(self, cluster: int, device: int) -> bool:
-        """Whether the GPU can run a cluster of more than the 8 blocks that every GPU takes."""
+        """Whether the GPU, the current device, can run a cluster of more than the 8 blocks that every GPU takes."""
         allow = _driver().cuKernelSetAttribute(_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1, self._kernel, device)
         _check(allow, "allowing large clusters")
         config, clusters = self._config(cluster, 0, cluster), ctypes.c_int()
+        config.count = 1  # the cluster's dimension alone
         status = _driver().cuOccupancyMaxActiveClusters(ctypes.byref(clusters), self._kernel, ctypes.byref(config))
         return status == 0 and clusters.value > 0
 

@@ -189,23 +189,23 @@ def step(
     wanted = sms * (1 if latency else 2)
     cluster = 1 if major < 9 else 4 if batch > wanted else 2 ** int(math.log2(wanted / max(batch, 1)))
     cluster = min(cluster, 16, 2 ** int(math.log2(heads.all)))
-    block_heads = -(-heads.all // cluster)
-    kernel, largest = _step_kernel(macros, heads.shared_bytes(block_heads, groups), device)
-    if cluster > largest:
-        cluster, block_heads = largest, -(-heads.all // largest)
-        kernel, _ = _step_kernel(macros, heads.shared_bytes(block_heads, groups), device)
 
     def pointer(x: Tensor | None) -> int | None:
         return None if x is None else x.data_ptr()
 
     head_counts = (heads.q, heads.k, heads.v, heads.f, heads.g, heads.weight)
-    arguments = _Step(
-        *(pointer(x) for x in (projected, state, new_state, conv_state, new_conv_state)),
-        *(pointer(x) for x in (conv_weight, conv_bias, weight, A_log, dt_bias, D, norm_weight, y)),
-        projected.stride(0), norm_eps, heads.all, heads.key_dim, block_heads, silu, latency,
-        *head_counts, *(count / heads.all for count in head_counts),
-    )  # fmt: skip
     with torch.cuda.device(projected.device):
+        block_heads = -(-heads.all // cluster)
+        kernel, largest = _step_kernel(macros, heads.shared_bytes(block_heads, groups), device)
+        if cluster > largest:
+            cluster, block_heads = largest, -(-heads.all // largest)
+            kernel, _ = _step_kernel(macros, heads.shared_bytes(block_heads, groups), device)
+        arguments = _Step(
+            *(pointer(x) for x in (projected, state, new_state, conv_state, new_conv_state)),
+            *(pointer(x) for x in (conv_weight, conv_bias, weight, A_log, dt_bias, D, norm_weight, y)),
+            projected.stride(0), norm_eps, heads.all, heads.key_dim, block_heads, silu, latency,
+            *head_counts, *(count / heads.all for count in head_counts),
+        )  # fmt: skip
         if major < 9:
             kernel(batch * cluster, arguments, projected.device)
         else:
