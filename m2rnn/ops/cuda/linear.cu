@@ -1,4 +1,5 @@
-// y = x Wᵀ for a few rows x, bound by the reading of W: a warp computes one output channel of all BATCH rows.
+// y = x Wᵀ for a few rows x, bound by the reading of W: a warp computes one output channel of all BATCH rows. A lane reads
+// PIECES pieces of 16 bytes of a row of W at once.
 
 struct Linear {
     const input_t* x;       // [BATCH, columns]
@@ -7,7 +8,6 @@ struct Linear {
     int channels, columns;  // columns fill pieces of 16 bytes
 };
 
-#define PIECES 8                       // of a row of W that a lane reads at once
 #define WIDTH (16 / (int)sizeof(input_t))  // numbers in a piece
 
 __device__ __forceinline__ void unpack(float (&x)[WIDTH], uint4 piece) {

@@ -72,8 +72,8 @@ def _step_kernel(macros: tuple[tuple[str, int], ...], shared_bytes: int, device:
 
 
 @lru_cache(maxsize=256)
-def _linear_kernel(dtype: torch.dtype, batch: int, device: int) -> Kernel:
-    macros = (*_macros(dtype, value_dim=8, tiles=1, warps=_LINEAR_WARPS), ("BATCH", batch))
+def _linear_kernel(dtype: torch.dtype, batch: int, pieces: int, device: int) -> Kernel:
+    macros = (*_macros(dtype, value_dim=8, tiles=1, warps=_LINEAR_WARPS), ("BATCH", batch), ("PIECES", pieces))
     code = cubin("linear", macros, torch.cuda.get_device_capability(device))
     return Kernel(code, "m2rnn_linear", 32 * _LINEAR_WARPS, 0, device)
 
@@ -176,7 +176,9 @@ def step(
     row_tiles = -(-heads.key_dim // 16)
     tiles = 1 if latency else min(row_tiles, max(1, 64 // heads.value_dim), 4)
     warps = 16 if latency and heads.value_dim <= 32 else 8
-    min_blocks = 2 if warps == 8 and heads.value_dim <= 32 and projected.dtype == torch.bfloat16 else 1
+    # Two blocks fit on a multiprocessor, or one beside the kernel before it; more registers only where they are needed
+    frugal = heads.value_dim <= 16 if latency else heads.value_dim <= 32 and projected.dtype == torch.bfloat16
+    min_blocks = 2 if frugal else 1
     groups = -(-row_tiles // tiles)
     macros = (
         *_macros(projected.dtype, heads.value_dim, tiles, warps),
@@ -234,7 +236,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if x.data_ptr() % 16:
         x = x.clone()
     y = x.new_empty(x.shape[0], weight.shape[0])
-    kernel = _linear_kernel(x.dtype, x.shape[0], x.device.index)
+    pieces = min(8, -(-weight.shape[1] * weight.element_size() // (16 * 32)))  # of 16 bytes, for each of 32 lanes
+    kernel = _linear_kernel(x.dtype, x.shape[0], pieces, x.device.index)
     arguments = _Linear(x.data_ptr(), weight.data_ptr(), y.data_ptr(), weight.shape[0], weight.shape[1])
     blocks = -(-weight.shape[0] // _LINEAR_WARPS)
     with torch.cuda.device(x.device):
