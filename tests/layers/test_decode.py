@@ -9,7 +9,7 @@ from torch import Tensor
 from m2rnn.layers import M2RNN
 from m2rnn.layers.m2rnn import M2RNNState, StaticM2RNNState
 from m2rnn.layers.projection import OutputProjection, project_token
-from m2rnn.ops.cuda import step
+from m2rnn.ops.cuda import compiler, step
 from m2rnn.ops.decode import FEW_ROWS, decode_step, few_rows_linear
 from tests.tolerances import assert_close, relative_error
 
@@ -143,6 +143,41 @@ def test_kernel_is_the_equations(case: str, dtype: torch.dtype) -> None:
     y_in_place, _, _ = decode_step(**on_gpu, in_place=True)
     for x, result in zip((y_in_place, on_gpu["state"], on_gpu["conv_state"]), results, strict=True):
         assert result is None or torch.equal(x, result)
+
+
+def _nvrtc_loads() -> bool:
+    try:
+        from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()
+        import cuda.core  # noqa: F401
+    except Exception:  # what it raises differs between its versions
+        return False
+    return True
+
+
+@pytest.mark.skipif(not _nvrtc_loads(), reason="needs cuda-core and NVRTC")
+@pytest.mark.parametrize(
+    ("dtype", "value", "width", "latency", "capability"),
+    [
+        (torch.bfloat16, 16, 4, True, (9, 0)),
+        (torch.bfloat16, 16, 4, False, (8, 0)),
+        (torch.float16, 8, 0, False, (10, 0)),
+        (torch.float32, 64, 1, False, (12, 0)),
+    ],
+)
+def test_kernels_compile_without_a_gpu(
+    dtype: torch.dtype,
+    value: int,
+    width: int,
+    latency: bool,
+    capability: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compiler, "_cache_folder", lambda: None)
+    code = compiler.cubin("step", step._step_macros(dtype, 40, value, width, latency), capability)
+    assert b"m2rnn_step" in code
+    assert b"m2rnn_linear" in compiler.cubin("linear", step._linear_macros(dtype, 2, 5), capability)
 
 
 @needs_gpu

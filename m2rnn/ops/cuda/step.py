@@ -73,8 +73,7 @@ def _step_kernel(macros: tuple[tuple[str, int], ...], shared_bytes: int, device:
 
 @lru_cache(maxsize=256)
 def _linear_kernel(dtype: torch.dtype, batch: int, pieces: int, device: int) -> Kernel:
-    macros = (*_macros(dtype, value_dim=8, tiles=1, warps=_LINEAR_WARPS), ("BATCH", batch), ("PIECES", pieces))
-    code = cubin("linear", macros, torch.cuda.get_device_capability(device))
+    code = cubin("linear", _linear_macros(dtype, batch, pieces), torch.cuda.get_device_capability(device))
     return Kernel(code, "m2rnn_linear", 32 * _LINEAR_WARPS, 0, device)
 
 
@@ -85,6 +84,26 @@ def _macros(dtype: torch.dtype, value_dim: int, tiles: int, warps: int) -> tuple
         ("V", value_dim), ("TILES", tiles), ("WARPS", warps), ("SLOTS", 1), ("CHUNK", 8),
         ("INPUT", kind), ("PARTS", parts),
     )  # fmt: skip
+
+
+def _step_macros(
+    dtype: torch.dtype, key_dim: int, value_dim: int, width: int, latency: bool
+) -> tuple[tuple[str, int], ...]:
+    """Those of step.cu, for few sequences (``latency``) or many."""
+    row_tiles = -(-key_dim // 16)
+    tiles = 1 if latency else min(row_tiles, max(1, 64 // value_dim), 4)
+    warps = 16 if latency and value_dim <= 32 else 8
+    # Two blocks fit on a multiprocessor, or one beside the kernel before it; more registers only where they are needed
+    frugal = value_dim <= 16 if latency else value_dim <= 32 and dtype == torch.bfloat16
+    return (
+        *_macros(dtype, value_dim, tiles, warps),
+        ("GROUPS", -(-row_tiles // tiles)), ("WIDTH", width), ("MIN_BLOCKS", 2 if frugal else 1),
+    )  # fmt: skip
+
+
+def _linear_macros(dtype: torch.dtype, batch: int, pieces: int) -> tuple[tuple[str, int], ...]:
+    """Those of linear.cu."""
+    return *_macros(dtype, value_dim=8, tiles=1, warps=_LINEAR_WARPS), ("BATCH", batch), ("PIECES", pieces)
 
 
 @lru_cache
@@ -173,19 +192,9 @@ def step(
     major, sms, _ = _gpu(device)
 
     latency = state.numel() * 4 <= _LATENCY_BYTES
-    row_tiles = -(-heads.key_dim // 16)
-    tiles = 1 if latency else min(row_tiles, max(1, 64 // heads.value_dim), 4)
-    warps = 16 if latency and heads.value_dim <= 32 else 8
-    # Two blocks fit on a multiprocessor, or one beside the kernel before it; more registers only where they are needed
-    frugal = heads.value_dim <= 16 if latency else heads.value_dim <= 32 and projected.dtype == torch.bfloat16
-    min_blocks = 2 if frugal else 1
-    groups = -(-row_tiles // tiles)
-    macros = (
-        *_macros(projected.dtype, heads.value_dim, tiles, warps),
-        ("GROUPS", groups),
-        ("WIDTH", 0 if conv_weight is None else conv_weight.shape[-1]),
-        ("MIN_BLOCKS", min_blocks),
-    )
+    width = 0 if conv_weight is None else conv_weight.shape[-1]
+    macros = _step_macros(projected.dtype, heads.key_dim, heads.value_dim, width, latency)
+    groups = dict(macros)["GROUPS"]
 
     # One wave of blocks; if there are more sequences than that, small blocks, for a short last wave
     wanted = sms * (1 if latency else 2)
