@@ -119,6 +119,20 @@ def test_no_gradient_is_tracked_when_none_is_wanted(backend: str, device: str) -
     check({"y": y, "final_state": state}, truth(case), case)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("key", [3, 12])
+def test_memory_beside_the_channels_is_not_read(key: int, dtype: torch.dtype, backend: str, device: str) -> None:
+    """The first channels of rows that start at addresses which vector loads can take."""
+    case = Case(time=40, key=key, value=key, heads=(1, 1, 2, 2, 2), dtype=dtype)
+    problem = make_problem(case, device=device)
+    for name in ("q", "k", "v"):
+        x = problem.inputs[name].detach()
+        wide = x.new_full((*x.shape[:-1], 16), torch.nan)
+        wide[..., :key] = x
+        problem.inputs[name] = wide[..., :key].requires_grad_()
+    check(run(problem, backend), truth(case), case)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded"])
 def test_inputs_are_left_alone(layout: str, backend: str, device: str) -> None:
     """Forward and backward write into none of their arguments, and no result shares memory with one."""

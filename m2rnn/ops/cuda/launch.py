@@ -146,10 +146,14 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor) -> str |
 
 
 def _aligned(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x itself if the kernels can read it in place, with neighbouring channels in aligned groups of 16 bytes."""
+    """x itself if the kernels can read it in place, with neighbouring channels in aligned groups of 16 bytes.
+
+    They read whole groups: what follows the channels in the last one has to be zero.
+    """
     x = x.to(dtype)
     group = 16 // x.element_size()
-    if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % group == 0 for stride in x.stride()[:-1]):
+    whole = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and x.shape[-1] % group == 0
+    if whole and all(stride % group == 0 for stride in x.stride()[:-1]):
         return x
     padded = x.new_zeros(*x.shape[:-1], -(-x.shape[-1] // group) * group)[..., : x.shape[-1]]
     return padded.copy_(x)
