@@ -66,6 +66,23 @@ def test_rows_are_split_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
                         assert needed.threads <= 512
 
 
+@pytest.mark.parametrize("source", ["forward", "backward"])
+def test_two_tiles_a_warp_only_where_they_fit(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three tiles of rows are padded to four, and many heads would have two tiles a warp."""
+    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)
+    for limit, fits in ((227 << 10, False), (1 << 20, True)):
+        monkeypatch.setattr(launch, "_shared_limit", lambda device, limit=limit: limit)
+
+        def variant(tiles: int) -> launch._Variant:
+            return launch._Variant(32, tiles, -(-48 // (16 * tiles)), 1, torch.float32, 3)
+
+        assert variant(1).shared_bytes("backward") <= limit
+        tiles = launch._tiles(source, 1000, variant, torch.device("cuda"))
+        assert tiles == (2 if fits or source == "forward" else 1)
+        assert variant(tiles).shared_bytes(source) <= limit
+        assert launch._tiles(source, 10, variant, torch.device("cuda")) == 1
+
+
 def test_every_source_names_its_macros() -> None:
     """A macro that the launcher does not define would silently be 0 in an #if."""
     names = {name for name, _ in BFLOAT16.macros("forward")}

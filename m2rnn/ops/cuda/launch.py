@@ -172,9 +172,13 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _tiles(heads: int, key_dim: int, device: torch.device) -> int:
-    """Tiles of 16 rows a warp: two need fewer instructions, one gives few heads more warps to hide latency with."""
-    return 2 if key_dim > 16 and heads >= 3 * _multiprocessors(device) else 1
+def _tiles(source: str, heads: int, variant: Callable[[int], _Variant], device: torch.device) -> int:
+    """Tiles of 16 rows a warp: two need fewer instructions, one gives few heads more warps to hide latency with.
+
+    Two may be a tile more than there are rows for, which a block may not have the shared memory for.
+    """
+    fits = variant(1).warps > 1 and variant(2).shared_bytes(source) <= _shared_limit(device)
+    return 2 if fits and heads >= 3 * _multiprocessors(device) else 1
 
 
 def _slots(heads: int, shared_heads: int, warps: int, device: torch.device) -> int:
@@ -248,8 +252,9 @@ def forward(
     saved = q.new_empty(count, *state, dtype=dtype if cuda_parts(dtype, steps) == 1 else torch.float32)
 
     with torch.cuda.device(q.device):
-        variant = _variant(key_dim, _tiles(sequences * heads, key_dim, q.device), 1, q, k, v)
         units = sequences * heads
+        tiles = _tiles("forward", units, lambda tiles: _variant(key_dim, tiles, 1, q, k, v), q.device)
+        variant = _variant(key_dim, tiles, 1, q, k, v)
         slices, length, finished = _slices(units, 2, steps, q.device)
         arguments = _Forward(
             *(_Strided.of(x, heads) for x in (q, k, v, f)),
@@ -320,7 +325,7 @@ def backward(
 
     with torch.cuda.device(q.device):
         repeats = [heads // x.shape[2] for x in (q, k)]
-        tiles = _tiles(sequences * heads, key_dim, q.device)
+        tiles = _tiles("backward", sequences * heads, lambda tiles: _variant(key_dim, tiles, 1, q, k, v), q.device)
         slots = _slots(sequences * heads, math.gcd(*repeats), -(-key_dim // 16), q.device)
         slots = max(
             s
