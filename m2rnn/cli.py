@@ -30,7 +30,7 @@ def track(
     inputs: Annotated[
         str, typer.Option(help="Tokens: 'all' elements, or the identity and 'generators'.")
     ] = DEFAULT.inputs,
-    mixer: Annotated[str, typer.Option(help="m2rnn, gru or attention.")] = DEFAULT.mixer,
+    mixer: Annotated[str, typer.Option(help="m2rnn, gru, rnn or attention.")] = DEFAULT.mixer,
     compare: Annotated[
         str | None, typer.Option(help="Several mixers, one after the other, e.g. m2rnn,gru,attention.")
     ] = None,

@@ -12,11 +12,13 @@ from m2rnn.layers.m2rnn import M2RNN, M2RNNState
 from m2rnn.layers.mlp import SwiGLU
 from m2rnn.layers.packing import Packing
 from m2rnn.layers.projection import OutputProjection
+from m2rnn.layers.rnn import RNN
 from m2rnn.layers.short_conv import ShortConv
 
 __all__ = [
     "GRU",
     "M2RNN",
+    "RNN",
     "Attention",
     "DecayGate",
     "M2RNNState",

@@ -1,60 +1,29 @@
-"""A gated recurrent unit as a mixer, on torch's own implementation."""
+"""The vector-state GRU as a mixer."""
 
-from typing import NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from m2rnn.layers.packing import Packing
-from m2rnn.layers.projection import OutputProjection
-
-
-class GRUState(NamedTuple):
-    """Attributes: recurrent: the hidden vector of each sequence ``[B, state_size]``."""
-
-    recurrent: Tensor
+from m2rnn.layers.rnn import RNN
+from m2rnn.ops.rnn import gru_scan
 
 
-class GRU(nn.Module):
-    """``torch.nn.GRU`` over the tokens, then an output projection without bias.
+class GRU(RNN):
+    """Gated recurrent units side by side: N heads of V units, each with three matrices of its own.
 
-    Args:
-        hidden_size: width of the input and the output.
-        state_size: width of the recurrent state; default ``hidden_size``.
+    Each token is projected to x_t, the logits x_t^f and x_t^r of the forget and the reset gate, and an output gate
+    g_t; then, per head,
+
+        x_t = silu(conv(x_t))                     depthwise, causal; not on the logits
+        f_t = σ(h_{t-1} W_f + x_t^f)              r_t = σ(h_{t-1} W_r + x_t^r)
+        z_t = tanh((r_t ⊙ h_{t-1}) W + x_t)
+        h_t = f_t ⊙ h_{t-1} + (1 - f_t) ⊙ z_t
+
+    and the output is ``out_proj(norm(h ⊙ silu(g)))``. ``state_weight`` holds W, W_f and W_r, one after the other.
+    Arguments, errors and source as for ``RNN``.
     """
 
-    def __init__(self, hidden_size: int, state_size: int | None = None) -> None:
-        super().__init__()
-        state_size = hidden_size if state_size is None else state_size
-        if state_size < 1:
-            raise ValueError(f"state_size must be at least 1, got {state_size}")
-        self.rnn = nn.GRU(hidden_size, state_size, batch_first=True)
-        self.out_proj = OutputProjection(state_size, hidden_size)
+    _inputs = 3
 
-    def forward(
-        self,
-        hidden: Tensor,
-        state: GRUState | None = None,
-        packing: Packing | None = None,
-        *,
-        position_ids: Tensor | None = None,
-        output_state: bool = True,
-    ) -> tuple[Tensor, GRUState | None]:
-        """Mix along time; arguments and results as in ``M2RNN.forward``."""
-        if packing is not None:  # right-padded rows: the padding comes after every token, so it changes none
-            packing = packing.aligned
-            hidden = packing.pad(hidden)
-        initial = hidden.new_zeros(hidden.shape[0], self.rnn.hidden_size) if state is None else state.recurrent
-        initial = initial.to(hidden.dtype)
-        if hidden.numel():
-            y = self.rnn(hidden, initial[None])[0]
-        else:  # torch's GRU refuses zero tokens
-            y = hidden.new_zeros(*hidden.shape[:2], self.rnn.hidden_size)
-        final_state = None
-        if output_state:
-            rows = torch.arange(y.shape[0], device=y.device)
-            ends = y.shape[1] if packing is None else packing.lengths
-            final_state = GRUState(torch.cat([initial[:, None], y], 1)[rows, ends])
-        if packing is not None:
-            y = packing.pack(y)
-        return self.out_proj(y), final_state
+    def _scan(self, inputs: tuple[Tensor, ...], weights: tuple[Tensor, ...], **options: Any) -> tuple[Tensor, Any]:
+        return gru_scan(*inputs, *weights, output_final_state=True, **options)

@@ -16,10 +16,10 @@ from m2rnn.ops.decode import decode_step
 
 
 class M2RNNState(NamedTuple):
-    """What an ``M2RNN`` layer remembers of each sequence.
+    """What an ``M2RNN``, ``RNN`` or ``GRU`` layer remembers of each sequence.
 
     Attributes:
-        recurrent: the matrix states ``[B, H, K, V]``, float32 (float64 for float64 inputs).
+        recurrent: the matrix states ``[B, H, K, V]``, or vectors ``[B, H, V]``; float32 (float64 for float64 inputs).
         conv: the last inputs of the convolution ``[B, conv_size - 1, channels]``, or None without one.
     """
 
@@ -33,6 +33,13 @@ class M2RNNState(NamedTuple):
 
 class StaticM2RNNState(M2RNNState):
     """A state whose tensors a single token updates in place, at addresses that a CUDA graph can keep."""
+
+    def update(self, state: M2RNNState) -> "StaticM2RNNState":
+        """Write the tensors of ``state`` into those of this one, which it returns."""
+        for kept, new in zip(self, state, strict=True):
+            if kept is not None and new is not None:
+                kept.copy_(new)
+        return self
 
     def dynamic(self) -> M2RNNState:
         """The state as one that no token changes."""

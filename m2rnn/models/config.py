@@ -8,9 +8,9 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import PreTrainedConfig
 
-from m2rnn.layers import GRU, M2RNN, Attention, SwiGLU
+from m2rnn.layers import GRU, M2RNN, RNN, Attention, SwiGLU
 
-MIXERS: dict[str, type[nn.Module]] = {"m2rnn": M2RNN, "attention": Attention, "gru": GRU}
+MIXERS: dict[str, type[nn.Module]] = {"m2rnn": M2RNN, "attention": Attention, "gru": GRU, "rnn": RNN}
 MLPS: dict[str, type[nn.Module] | None] = {"swiglu": SwiGLU, "none": None}
 
 
@@ -21,7 +21,7 @@ class M2RNNConfig(PreTrainedConfig):
     Args:
         vocab_size: number of token ids.
         hidden_size: width of the residual stream.
-        mixers: one name per layer: ``"m2rnn"``, ``"attention"`` or ``"gru"``.
+        mixers: one name per layer: ``"m2rnn"``, ``"attention"``, ``"gru"`` or ``"rnn"``.
         mlps: one name per layer, ``"swiglu"`` or ``"none"``; default ``"swiglu"`` everywhere.
         mixer_options: for a mixer's name, the arguments of its class besides ``hidden_size``, e.g.
             ``{"m2rnn": {"num_heads": 84}, "attention": {"num_heads": 16, "rope_theta": 10000.0}}``.

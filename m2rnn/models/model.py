@@ -87,7 +87,7 @@ class M2RNNPreTrainedModel(PreTrainedModel):
             module.reset_parameters()  # type: ignore[operator]
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters to spare from weight decay: ``A_log``, ``dt_bias`` and ``D`` everywhere."""
+        """Names of the parameters to spare from weight decay, such as ``A_log``, ``dt_bias`` and ``D``."""
         spared = {
             f"{module_name}.{name}"
             for module_name, module in self.named_modules()

@@ -1,11 +1,12 @@
-"""Named configurations. A pattern is a string, one letter a layer: M m2rnn, A attention, G gru."""
+"""Named configurations. A pattern is a string, one letter a layer: M m2rnn, A attention, G gru, R rnn."""
 
 from collections.abc import Callable
 from typing import Any
 
 from m2rnn.models.config import M2RNNConfig
 
-_LETTERS = {"M": "m2rnn", "A": "attention", "G": "gru"}
+_LETTERS = {"M": "m2rnn", "A": "attention", "G": "gru", "R": "rnn"}
+_PLAIN_RNN: dict[str, Any] = {"conv_size": None, "activation": None, "gate": False, "weight_std": None}
 
 
 def layers(pattern: str) -> list[str]:
@@ -21,12 +22,13 @@ def state_tracking(mixer: str = "m2rnn", vocab_size: int = 6, **overrides: Any) 
     that starts fast (A in [4, 16], dt in [0.3, 1]): the state must change with every token from the start.
     The embedding starts at unit variance for every mixer: at 0.02 Adam's first steps overwrite it.
 
-    The others get the same number of parameters within ten percent: a GRU with 72 units, and a Transformer
-    that spends them on two layers, since one attention layer cannot compose, with the rotary positions of
-    the paper's Transformer.
+    The others get the same number of parameters within two percent: a GRU with three heads of 32 units and
+    an RNN with four of 48, both without convolution, SiLU and output gate and with W from N(0, 1/V), and a
+    Transformer that spends them on two layers, since one attention layer cannot compose, with the rotary
+    positions of the paper's Transformer.
 
     Args:
-        mixer: ``"m2rnn"``, ``"gru"`` or ``"attention"``.
+        mixer: ``"m2rnn"``, ``"gru"``, ``"rnn"`` or ``"attention"``.
         vocab_size: number of group elements, inputs and outputs alike.
         **overrides: fields of ``M2RNNConfig``; ``mixer_options`` and ``mlp_options`` change the named
             options only.
@@ -51,12 +53,16 @@ def state_tracking(mixer: str = "m2rnn", vocab_size: int = 6, **overrides: Any) 
             }
         case "gru":
             pattern, intermediate_size = "G", 128
-            options = {"state_size": 72}
+            options = {"num_heads": 3, "head_dim": 32, **_PLAIN_RNN}
+        case "rnn":
+            pattern, intermediate_size = "R", 128
+            options = {"num_heads": 4, "head_dim": 48, **_PLAIN_RNN}
         case "attention":
             pattern, intermediate_size = "AA", 64
             options = {"num_heads": 4, "rope_theta": 10000.0}
         case _:
-            raise ValueError(f"no state-tracking model for mixer {mixer!r}; there are 'm2rnn', 'gru', 'attention'")
+            known = "'m2rnn', 'gru', 'rnn', 'attention'"
+            raise ValueError(f"no state-tracking model for mixer {mixer!r}; there are {known}")
     return _config(
         pattern,
         {

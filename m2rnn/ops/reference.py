@@ -33,7 +33,7 @@ def sum_heads(grad: Tensor, like: Tensor, dim: int = 2) -> Tensor:
     return shared.sum(dim + 1).to(like.dtype)
 
 
-class _ClampGradient(torch.autograd.Function):
+class ClampGradient(torch.autograd.Function):
     """Identity, whose gradient is clamped to [-limit, limit] (a NaN stays a NaN)."""
 
     @staticmethod
@@ -49,7 +49,7 @@ class _ClampGradient(torch.autograd.Function):
         return grad.clamp(-ctx.limit, ctx.limit), None
 
 
-def _sequences(cu_seqlens: Tensor | None) -> list[tuple[slice, slice]]:
+def sequences_of(cu_seqlens: Tensor | None) -> list[tuple[slice, slice]]:
     """(batch rows, time steps) of every block that runs in one loop: the whole batch, or one packed sequence."""
     if cu_seqlens is None:
         return [(slice(None), slice(None))]
@@ -89,13 +89,13 @@ def scan(
 
     outputs, finals = [], []
     with torch.autocast(q.device.type, enabled=False):
-        for n, (rows, steps) in enumerate(_sequences(cu_seqlens)):
+        for n, (rows, steps) in enumerate(sequences_of(cu_seqlens)):
             state_BHKV = state_NHKV if cu_seqlens is None else state_NHKV[n : n + 1]
             for q_BHK, k_BHK, v_BHV, f_BH in zip(*(x[rows, steps].unbind(1) for x in inputs_BTHX), strict=True):
                 _, state_BHKV = _step(state_BHKV, k_BHK, v_BHV, f_BH, weight_HVV)
                 outputs.append((q_BHK[..., None, :] @ state_BHKV).squeeze(-2))
                 if state_clip is not None:  # on what later steps and the final state see: y's gradient stays exact
-                    state_BHKV = _ClampGradient.apply(state_BHKV, state_clip)  # type: ignore[no-untyped-call]
+                    state_BHKV = ClampGradient.apply(state_BHKV, state_clip)  # type: ignore[no-untyped-call]
             finals.append(state_BHKV)
     y_BTHV = torch.stack(outputs, 1) if outputs else q.new_zeros(*q.shape[:2], heads, v.shape[3])
     return y_BTHV.to(output_dtype(q, k, v)), torch.cat(finals) if finals else state_NHKV
@@ -131,7 +131,7 @@ def scan_backward(
     dweight_HVV = torch.zeros_like(weight_HVV)
 
     with torch.autocast(q.device.type, enabled=False):
-        for n, (rows, steps) in enumerate(_sequences(cu_seqlens)):
+        for n, (rows, steps) in enumerate(sequences_of(cu_seqlens)):
             these = slice(None) if cu_seqlens is None else slice(n, n + 1)
             states, updates = [start[these]], []
             times = range(*steps.indices(q.shape[1]))

@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import os
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -28,7 +29,7 @@ from m2rnn.ops.shapes import (
     state_dtype,
 )
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _BACKENDS = ("reference", "cpu", "triton", "cuda")
 _PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "meta": ("reference",)}  # by device, the fastest first
 
@@ -140,31 +141,31 @@ def _apply(
 
 def available_backends() -> dict[str, str | None]:
     """Every backend by name, with None if it can run here or else the reason why it cannot."""
-    return {name: _why_unavailable(name) for name in _BACKENDS}
+    return {name: why_unavailable(name) for name in _BACKENDS}
 
 
 @lru_cache
-def _why_unavailable(backend: str) -> str | None:
+def why_unavailable(backend: str) -> str | None:
     match backend:
         case "cpu":
             return None if importlib.util.find_spec("numba") else "numba is not installed: pip install numba"
         case "triton":
             if importlib.util.find_spec("triton") is None:
                 return "triton is not installed: pip install triton"
-            return None if _triton_is_interpreted() or torch.cuda.is_available() else "no GPU that PyTorch can use"
+            return None if triton_is_interpreted() or torch.cuda.is_available() else "no GPU that PyTorch can use"
         case "cuda":
             return cuda.why_unavailable()
     return None
 
 
-def _triton_is_interpreted() -> bool:
+def triton_is_interpreted() -> bool:
     """Triton's own switch, which it reads when it is imported: kernels run in Python, on CPU tensors too."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _why_not(backend: str, q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor) -> str | None:
     """Why a backend cannot run on tensors of these devices, dtypes and channels, or None if it can."""
-    if (reason := _why_unavailable(backend)) is not None or backend == "reference" or q.is_meta:
+    if (reason := why_unavailable(backend)) is not None or backend == "reference" or q.is_meta:
         return reason
     match backend, q.device.type:
         case ("cpu", "cpu"):
@@ -172,7 +173,7 @@ def _why_not(backend: str, q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: T
         case ("triton", "cuda"):
             widest, why = _triton_limit(q.device, state_dtype(q, k, v, f, weight))
             return f"V is {v.shape[-1]}, {why}" if v.shape[-1] > widest else None
-        case ("triton", "cpu") if _triton_is_interpreted():
+        case ("triton", "cpu") if triton_is_interpreted():
             return None
         case ("cuda", "cuda"):
             return cuda.why_not(q, k, v, f, weight)
@@ -191,30 +192,43 @@ def _triton_limit(device: torch.device, dtype: torch.dtype) -> tuple[int, str]:
 
 
 @lru_cache
-def _warn_fallback(backend: str, device: str, reason: str) -> None:
+def _warn_fallback(operator: str, backend: str, device: str, reason: str) -> None:
     """Warns once for each reason: the cache remembers."""
     what = "the slow reference loop" if backend == "reference" else f"its {backend} kernels, not the fastest,"
-    warnings.warn(f"m2rnn_scan runs {what} on {device} tensors: {reason}", stacklevel=4)
+    warnings.warn(f"{operator} runs {what} on {device} tensors: {reason}", stacklevel=5)
 
 
-def _resolve(backend: str | None, q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor) -> str:
-    """The backend for these tensors; raises if the one asked for cannot run on them."""
-    device = q.device.type
+def choose_backend(
+    operator: str,
+    backend: str | None,
+    device: str,
+    preferred: dict[str, tuple[str, ...]],
+    why_not: Callable[[str], str | None],
+) -> str:
+    """``backend`` if it can run, else an error; for None the first that can of those ``preferred`` on the device."""
     if backend is not None:
-        if (reason := _why_not(backend, q, k, v, f, weight)) is not None:
+        if (reason := why_not(backend)) is not None:
             raise ValueError(f"backend={backend!r} cannot run: {reason}")
         return backend
     reasons = []
-    for name in _PREFERRED.get(device, ()):
-        if (reason := _why_not(name, q, k, v, f, weight)) is None:
+    for name in preferred.get(device, ()):
+        if (reason := why_not(name)) is None:
             break
         reasons.append(reason)
     else:
         name = "reference"
         reasons = list(dict.fromkeys(reasons)) or [f"there is no kernel for {device}"]
     if reasons:
-        _warn_fallback(name, device, "; ".join(reasons))
+        _warn_fallback(operator, name, device, "; ".join(reasons))
     return name
+
+
+def _resolve(backend: str | None, q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor) -> str:
+    """The backend for these tensors; raises if the one asked for cannot run on them."""
+    device = q.device.type
+    return choose_backend(
+        "m2rnn_scan", backend, device, _PREFERRED, lambda name: _why_not(name, q, k, v, f, weight)
+    )  # fmt: skip
 
 
 def _kernels(backend: str) -> ModuleType:
@@ -259,7 +273,7 @@ def _validate(
         shapes[name] = list(x.shape)
         if x.dim() != layout.count(",") + 1:
             raise ValueError(f"{name} has shape {shapes[name]}, expected {layout}")
-        if x.dtype not in _DTYPES:
+        if x.dtype not in DTYPES:
             raise ValueError(f"{name} has dtype {x.dtype}, expected float64, float32, bfloat16 or float16")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, expected {q.device} like q")
@@ -291,30 +305,39 @@ def _validate(
             expected = f"a head count that divides {heads}, the largest"
             raise ValueError(f"{name} has shape {shapes[name]} with {count} heads, expected {expected}")
 
-    sequences = leading[0]
-    if cu_seqlens is not None:
-        if not isinstance(cu_seqlens, Tensor):
-            raise ValueError(f"cu_seqlens is a {type(cu_seqlens).__name__}, expected a tensor [sequences + 1]")
-        shape = list(cu_seqlens.shape)
-        if len(shape) != 1 or shape[0] < 1:
-            raise ValueError(f"cu_seqlens has shape {shape}, expected [sequences + 1]")
-        if cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"cu_seqlens has dtype {cu_seqlens.dtype}, expected int32 or int64")
-        if cu_seqlens.device != q.device:
-            raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, expected {q.device} like q")
-        if sequences != 1:
-            raise ValueError(f"q has shape {shapes['q']}, expected B = 1 when cu_seqlens packs the sequences")
-        sequences = shape[0] - 1
+    sequences = validate_packing(cu_seqlens, q, "q")
     if initial_state is not None:
         expected_state = [sequences, heads, key_dim, value_dim]
         if shapes[state_name] != expected_state:
             raise ValueError(f"{state_name} has shape {shapes[state_name]}, expected {expected_state}")
+    validate_clip(state_clip)
+
+
+def validate_packing(cu_seqlens: Tensor | None, x: Tensor, name: str) -> int:
+    """The number of sequences in an input [B, T, ...] of this name; raises if ``cu_seqlens`` cannot pack them."""
+    if cu_seqlens is None:
+        return x.shape[0]
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens is a {type(cu_seqlens).__name__}, expected a tensor [sequences + 1]")
+    shape = list(cu_seqlens.shape)
+    if len(shape) != 1 or shape[0] < 1:
+        raise ValueError(f"cu_seqlens has shape {shape}, expected [sequences + 1]")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens has dtype {cu_seqlens.dtype}, expected int32 or int64")
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, expected {x.device} like {name}")
+    if x.shape[0] != 1:
+        raise ValueError(f"{name} has shape {list(x.shape)}, expected B = 1 when cu_seqlens packs the sequences")
+    return shape[0] - 1
+
+
+def validate_clip(state_clip: float | None) -> None:
     if state_clip is not None and not (isinstance(state_clip, int | float) and state_clip > 0):
         kind = type(state_clip).__name__
         raise ValueError(f"state_clip is {state_clip!r} ({kind}), expected a positive number or None")
 
 
-def _validate_offsets(cu_seqlens: Tensor | None, steps: int) -> None:
+def validate_offsets(cu_seqlens: Tensor | None, steps: int) -> None:
     """What needs the values of ``cu_seqlens``, and so happens inside the operator, where a compiler does not look."""
     if cu_seqlens is None or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
@@ -355,7 +378,7 @@ def _scan(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(y, final state, states saved for the backward pass if save)``."""
-    _validate_offsets(cu_seqlens, q.shape[1])
+    validate_offsets(cu_seqlens, q.shape[1])
     match _resolve(backend, q, k, v, f, weight):
         case "reference":
             with torch.no_grad():

@@ -1,5 +1,8 @@
 """What follows from the shapes and dtypes of the operator's arguments alone, the same for every backend."""
 
+import functools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,9 +20,14 @@ def state_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
+def promoted_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype that all of them promote to."""
+    return functools.reduce(torch.promote_types, (x.dtype for x in tensors))
+
+
 def output_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
     """The dtype of y."""
-    return torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    return promoted_dtype((q, k, v))
 
 
 def chunk_length(steps: int) -> int:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from m2rnn.layers import GRU, M2RNN, Attention, Packing
+from m2rnn.layers import GRU, M2RNN, RNN, Attention, Packing
 from tests.tolerances import assert_close
 
 HIDDEN = 12
@@ -27,7 +27,10 @@ MIXERS = {
     "m2rnn-conv-2": lambda: M2RNN(HIDDEN, 2, 3, 5, conv_size=2, activation=None, weight_init="normal"),
     "attention": lambda: Attention(HIDDEN, 2),
     "attention-rope-grouped": lambda: Attention(HIDDEN, 4, 2, head_dim=6, rope_theta=100.0),
-    "gru": lambda: GRU(HIDDEN, 7),
+    "gru": lambda: GRU(HIDDEN, 2, 5),
+    "gru-plain": lambda: GRU(HIDDEN, 1, 7, conv_size=None, activation=None, norm=False, gate=False),
+    "rnn": lambda: RNN(HIDDEN, 3, 4, conv_size=3),
+    "rnn-plain": lambda: RNN(HIDDEN, 2, 3, conv_size=None, norm=False, gate=False),
 }
 
 

@@ -10,11 +10,13 @@ VOCAB = 23
 OPTIONS = {
     "m2rnn": {"num_heads": 2, "key_dim": 4, "value_dim": 4},
     "attention": {"num_heads": 4, "num_kv_heads": 2},
-    "gru": {"state_size": 12},
+    "gru": {"num_heads": 2, "head_dim": 6},
+    "rnn": {"num_heads": 3, "head_dim": 4, "conv_size": None},
 }
 CONFIGS = {
     "m2rnn": {"mixers": ["m2rnn", "m2rnn"]},
     "hybrid": {"mixers": ["m2rnn", "attention", "gru"], "mlps": ["swiglu", "none", "swiglu"]},
+    "rnn": {"mixers": ["rnn", "gru"]},
     "rope": {"mixers": ["attention", "attention"], "rope": 100.0},
 }
 

@@ -72,7 +72,6 @@ def test_initial_statistics(construction: str, tmp_path: Path) -> None:
         is_normal(f"model.layers.{layer}.mixer.out_proj.weight", narrow)
         is_normal(f"model.layers.{layer}.mlp.out_proj.weight", narrow)
         is_normal(f"model.layers.{layer}.mlp.in_proj.weight", std)
-    for layer in range(2):
         is_normal(f"model.layers.{layer}.mixer.in_proj.weight", std)
     is_normal("model.layers.0.mixer.state_weight", 0.5)
     assert (p["model.layers.0.mixer.D"] == 1).all()
@@ -85,15 +84,14 @@ def test_initial_statistics(construction: str, tmp_path: Path) -> None:
     assert 0.9e-3 < dt.min() < 1.2e-3
     conv = p["model.layers.0.mixer.conv.weight"]
     assert 0.49 < conv.abs().max() <= 0.5
-    gru = p["model.layers.2.mixer.rnn.weight_hh_l0"]
-    assert 0.95 * 128**-0.5 < gru.abs().max() <= 128**-0.5
+    is_normal("model.layers.2.mixer.state_weight", 0.02)
 
 
 def test_loading_starts_only_what_the_checkpoint_lacks(tmp_path: Path) -> None:
     model = make(dtype=torch.float32)
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
-    lacking = ["layers.0.mixer.decay_gate.dt_bias", "layers.2.mixer.rnn.bias_hh_l0"]
+    lacking = ["layers.0.mixer.decay_gate.dt_bias", "layers.2.mixer.state_weight"]
     saved = load_file(file)
     kept = {name: value for name, value in saved.items() if not name.endswith(tuple(lacking))}
     assert len(kept) == len(saved) - 2
@@ -103,7 +101,7 @@ def test_loading_starts_only_what_the_checkpoint_lacks(tmp_path: Path) -> None:
         assert torch.equal(loaded[name], value + 1), name
     dt = F.softplus(loaded["model.layers.0.mixer.decay_gate.dt_bias"])
     assert 1e-4 < dt.min() <= dt.max() < 0.11
-    assert 0 < loaded["model.layers.2.mixer.rnn.bias_hh_l0"].abs().max() <= 12**-0.5
+    assert 0.015 < loaded["model.layers.2.mixer.state_weight"].std() < 0.025
 
 
 def test_identity_is_the_default_of_W() -> None:
@@ -170,7 +168,8 @@ def test_forget_gate_stays_float32_when_loaded_in_16_bits(dtype: torch.dtype, tm
 def test_weight_decay_spares_the_gate_and_the_residual() -> None:
     names = make().no_weight_decay()
     mixer = "model.layers.0.mixer"
-    assert names == {f"{mixer}.D", f"{mixer}.decay_gate.A_log", f"{mixer}.decay_gate.dt_bias"}
+    gru = "model.layers.2.mixer.state_weight"
+    assert names == {f"{mixer}.D", f"{mixer}.decay_gate.A_log", f"{mixer}.decay_gate.dt_bias", gru}
     options = {"m2rnn": {"num_heads": 2, "residual": False}}
     assert not any(name.endswith(".D") for name in make("m2rnn", mixer_options=options).no_weight_decay())
 

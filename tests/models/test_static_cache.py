@@ -133,9 +133,8 @@ def test_copies_and_pickles_of_a_model_generate() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_decoding_compiles_without_graph_breaks(device: str) -> None:
-    """With the mixers that torch's compiler knows: it refuses torch.nn.GRU."""
     torch.compiler.reset()
-    model, ids = make_on(device, "hybrid", mixers=["m2rnn", "attention", "m2rnn"]), prompts(2, device)
+    model, ids = make_on(device, "hybrid"), prompts(2, device)
     config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
     config._compile_all_devices = True
     expected = generate(model, ids, max_new_tokens=5, min_new_tokens=5)

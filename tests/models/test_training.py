@@ -46,8 +46,7 @@ def test_functional_call_gives_the_same_gradients(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of dynamo's own
 def test_model_compiles_without_graph_breaks() -> None:
-    """But for the GRU: dynamo does not enter torch's own."""
-    model = make("m2rnn", mixers=["m2rnn", "attention"]).train()
+    model = make("m2rnn", mixers=["m2rnn", "attention", "gru", "rnn"]).train()
     ids = torch.randint(VOCAB, (2, 5))
     expected = gradients(model, ids)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

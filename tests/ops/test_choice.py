@@ -15,7 +15,7 @@ GPU = SimpleNamespace(name="GPU X", major=9, minor=0, shared_memory_per_block_op
 
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
-    caches = (scan._why_unavailable, scan._warn_fallback, scan._triton_limit)
+    caches = (scan.why_unavailable, scan._warn_fallback, scan._triton_limit)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -30,7 +30,7 @@ def _resolve(device: str, backend: str | None = None, *, value: int = 16, dtype:
 
 def _only(monkeypatch: pytest.MonkeyPatch, *available: str, gpu: Any = GPU) -> None:
     """A machine on which these backends can run."""
-    monkeypatch.setattr(scan, "_why_unavailable", lambda name: None if name in available else f"no {name} here")
+    monkeypatch.setattr(scan, "why_unavailable", lambda name: None if name in available else f"no {name} here")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
 
 
@@ -90,7 +90,7 @@ def test_cpu_tensors_are_interpreted_only_if_triton_is_told_to(monkeypatch: pyte
     assert _resolve("cpu", "triton") == "triton"
     assert _resolve("cpu") == "cpu"
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    scan._why_unavailable.cache_clear()
+    scan.why_unavailable.cache_clear()
     with pytest.raises(ValueError, match=r"no GPU that PyTorch can use|the tensors are on cpu"):
         _resolve("cpu", "triton")
 
