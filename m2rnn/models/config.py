@@ -9,9 +9,10 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from m2rnn.layers import GRU, M2RNN, RNN, Attention, SwiGLU
+from m2rnn.layers.moe import MoE
 
 MIXERS: dict[str, type[nn.Module]] = {"m2rnn": M2RNN, "attention": Attention, "gru": GRU, "rnn": RNN}
-MLPS: dict[str, type[nn.Module] | None] = {"swiglu": SwiGLU, "none": None}
+MLPS: dict[str, type[nn.Module] | None] = {"swiglu": SwiGLU, "moe": MoE, "none": None}
 
 
 @strict
@@ -22,7 +23,7 @@ class M2RNNConfig(PreTrainedConfig):
         vocab_size: number of token ids.
         hidden_size: width of the residual stream.
         mixers: one name per layer: ``"m2rnn"``, ``"attention"``, ``"gru"`` or ``"rnn"``.
-        mlps: one name per layer, ``"swiglu"`` or ``"none"``; default ``"swiglu"`` everywhere.
+        mlps: one name per layer, ``"swiglu"``, ``"moe"`` or ``"none"``; default ``"swiglu"`` everywhere.
         mixer_options: for a mixer's name, the arguments of its class besides ``hidden_size``, e.g.
             ``{"m2rnn": {"num_heads": 84}, "attention": {"num_heads": 16, "rope_theta": 10000.0}}``.
         mlp_options: likewise, e.g. ``{"swiglu": {"intermediate_size": 2752}}``.
@@ -30,6 +31,9 @@ class M2RNNConfig(PreTrainedConfig):
         initializer_range: standard deviation of the embedding and of linear layers at the start; output
             projections take it divided by √(2 · layers).
         embedding_range: standard deviation of the embedding at the start; default ``initializer_range``.
+        router_aux_loss_coef: weight of the mixtures of experts' auxiliary losses, summed over layers, in the loss of
+            training.
+        output_router_logits: whether the model returns the routers' logits by default.
         tie_word_embeddings: one matrix for embedding and head.
         use_cache: whether the model returns its states by default when not training.
 
@@ -49,6 +53,8 @@ class M2RNNConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     embedding_range: float | None = None
+    router_aux_loss_coef: float = 0.001
+    output_router_logits: bool = False
     tie_word_embeddings: bool = False
     use_cache: bool = True
     pad_token_id: int | None = None

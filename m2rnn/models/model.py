@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -22,10 +23,15 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MoeCausalLMOutputWithPast,
+)
 from transformers.utils.generic import can_return_tuple
 
 from m2rnn.layers import OutputProjection, Packing
+from m2rnn.layers.moe import Experts, MoE
 from m2rnn.models.cache import M2RNNCache
 from m2rnn.models.capture import CapturedDecoding
 from m2rnn.models.config import MIXERS, MLPS, M2RNNConfig
@@ -45,6 +51,8 @@ class M2RNNBlock(GradientCheckpointingLayer):
         if mlp_class is not None:
             self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             self.mlp = mlp_class(config.hidden_size, **config.mlp_options.get(mlp, {}))
+        if isinstance(self.mlp, MoE):
+            self.mlp.experts.config = config  # whose implementation of experts transformers changes
 
     def forward(
         self,
@@ -53,14 +61,22 @@ class M2RNNBlock(GradientCheckpointingLayer):
         packing: Packing | None = None,
         position_ids: Tensor | None = None,
         output_state: bool = True,
-    ) -> tuple[Tensor, Any]:
+        output_routing: bool = False,
+    ) -> tuple[Tensor, Any, Tensor | None, Tensor | None]:
+        """The output, the mixer's state and, if there are experts and it is wanted, the routers' loss and logits."""
         mixed, state = self.mixer(
             self.mixer_norm(hidden), state, packing, position_ids=position_ids, output_state=output_state
         )
         hidden = hidden + mixed
-        if self.mlp is not None:
+        routing = None
+        if isinstance(self.mlp, MoE):
+            y, routing = self.mlp(self.mlp_norm(hidden), output_routing)
+            hidden = hidden + y
+        elif self.mlp is not None:
             hidden = hidden + self.mlp(self.mlp_norm(hidden))
-        return hidden, state
+        if routing is None:
+            return hidden, state, None, None
+        return hidden, state, routing.loss, routing.logits  # flat: reentrant checkpoints see only tensors here
 
 
 class M2RNNPreTrainedModel(PreTrainedModel):
@@ -77,14 +93,22 @@ class M2RNNPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Start the module's own parameters; transformers' marks keep those that a checkpoint has set."""
         std = self.config.initializer_range
+        narrow = std / math.sqrt(2 * self.config.num_hidden_layers)
         if isinstance(module, OutputProjection):
-            init.normal_(module.weight, 0, std / math.sqrt(2 * self.config.num_hidden_layers))
+            init.normal_(module.weight, 0, narrow)
+        elif isinstance(module, Experts):
+            init.normal_(module.gate_up_proj, 0, std)
+            init.normal_(module.down_proj, 0, narrow)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, 0, self.config.embedding_range or std)
         elif isinstance(module, nn.Linear):
             init.normal_(module.weight, 0, std)
         elif hasattr(module, "reset_parameters"):
             module.reset_parameters()  # type: ignore[operator]
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers looks for its decorator in this file, and it is in that of the layer
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters to spare from weight decay, such as ``A_log``, ``dt_bias`` and ``D``."""
@@ -94,6 +118,19 @@ class M2RNNPreTrainedModel(PreTrainedModel):
             for name in getattr(module, "_no_weight_decay", ())
         }
         return spared & {name for name, _ in self.named_parameters()}
+
+
+@dataclass
+class M2RNNModelOutput(BaseModelOutputWithPast):
+    """With, for mixtures of experts, the sum of the layers' auxiliary losses and their routers' logits.
+
+    Attributes:
+        aux_loss: one number; None unless training or with router logits.
+        router_logits: ``[B · T, experts]`` for each layer that has experts, zeros in padding; None unless wanted.
+    """
+
+    aux_loss: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
 
 
 class M2RNNModel(M2RNNPreTrainedModel):
@@ -117,9 +154,10 @@ class M2RNNModel(M2RNNPreTrainedModel):
         use_cache: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
         packing: Packing | Literal["find"] | None = "find",
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> M2RNNModelOutput:
         """Hidden states of every token; padding and packing give exactly those of each sequence alone.
 
         Args:
@@ -135,6 +173,7 @@ class M2RNNModel(M2RNNPreTrainedModel):
             cu_seq_lens_q: int ``[N + 1]``, boundaries of the sequences packed in a batch of one row; wins
                 over the mask.
             output_hidden_states: also return the input of every layer and the final output.
+            output_router_logits: also return the logits of the routers of mixtures of experts.
             packing: what ``layout_of`` finds in the mask, ``cu_seq_lens_q`` and positions, if already known.
             **kwargs: other arguments that transformers passes to models; ignored.
 
@@ -155,6 +194,8 @@ class M2RNNModel(M2RNNPreTrainedModel):
             cache = M2RNNCache(self.config.num_hidden_layers)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
 
         steps = hidden.shape[1] if packing is None else packing.width
         padded = packing if packing is not None and not packing.right_padded else None
@@ -168,26 +209,33 @@ class M2RNNModel(M2RNNPreTrainedModel):
             return hidden if padded is None else padded.pad(hidden)
 
         one_token = packing is None and hidden.shape[1] == 1 and not torch.is_grad_enabled()
-        hidden_states = []
+        hidden_states, aux_losses, router_logits = [], [], []
         for layer, block in enumerate(self.layers):
             if output_hidden_states:
                 hidden_states.append(unpacked(hidden))
-            hidden, state = block(
+            hidden, state, aux_loss, logits = block(
                 hidden,
                 state=None if cache is None else cache.layers[layer].read(one_token),
                 packing=packing,
                 position_ids=position_ids,
                 output_state=use_cache,
+                output_routing=self.training or output_router_logits,
             )
+            if aux_loss is not None:
+                aux_losses.append(aux_loss)
+            if logits is not None and output_router_logits:
+                router_logits.append(unpacked(logits.view(*hidden.shape[:2], -1)).flatten(0, 1))
             if cache is not None and use_cache:
                 cache.layers[layer].write(state, one_token)
         if cache is not None and use_cache:
             cache.steps += steps
         hidden = unpacked(self.norm(hidden))
-        return BaseModelOutputWithPast(
+        return M2RNNModelOutput(
             last_hidden_state=hidden,
             past_key_values=cache if use_cache else None,
             hidden_states=(*hidden_states, hidden) if output_hidden_states else None,
+            aux_loss=sum(loss.to(hidden.device) for loss in aux_losses) if aux_losses else None,
+            router_logits=tuple(router_logits) if router_logits else None,
         )
 
 
@@ -250,8 +298,9 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
         shift_labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
         """Logits, and the loss if labels are given; other arguments as in ``M2RNNModel.forward``.
 
         Args:
@@ -263,7 +312,10 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
 
         Returns:
             ``loss``, ``logits``, ``past_key_values``, ``hidden_states``. While training, ``logits``
-            is None: the loss makes them a part at a time and drops them.
+            is None: the loss makes them a part at a time and drops them. A model with experts also returns ``aux_loss``
+            and ``router_logits``, as ``M2RNNModel.forward`` does. While training, ``loss`` contains
+            ``config.router_aux_loss_coef · aux_loss``, times the part of ``num_items_in_batch`` that is labelled here;
+            in evaluation it is the cross-entropy alone.
         """
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         packing = None
@@ -276,6 +328,7 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            output_router_logits=output_router_logits,
             packing=packing,
         )
         hidden = outputs.last_hidden_state
@@ -284,18 +337,26 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
         loss = logits = None
         if shift_labels is not None:
             loss = chunked_cross_entropy(hidden, shift_labels, self.lm_head, self.config.vocab_size, num_items_in_batch)
+            if self.training and outputs.aux_loss is not None:
+                aux_loss = self.config.router_aux_loss_coef * outputs.aux_loss
+                if num_items_in_batch is not None:
+                    aux_loss = aux_loss * (shift_labels != IGNORED).sum() / num_items_in_batch
+                loss = loss + aux_loss
         if shift_labels is None or not self.training:
             if isinstance(logits_to_keep, Tensor):
                 hidden = hidden[:, logits_to_keep]
             elif logits_to_keep:
                 hidden = hidden[:, -logits_to_keep:]
             logits = self.lm_head(hidden)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-        )
+        common = {
+            "loss": loss,
+            "logits": logits,
+            "past_key_values": outputs.past_key_values,
+            "hidden_states": outputs.hidden_states,
+        }
+        if "moe" not in self.config.mlps:
+            return CausalLMOutputWithPast(**common)
+        return MoeCausalLMOutputWithPast(**common, aux_loss=outputs.aux_loss, router_logits=outputs.router_logits)
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self,

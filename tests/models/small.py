@@ -13,10 +13,15 @@ OPTIONS = {
     "gru": {"num_heads": 2, "head_dim": 6},
     "rnn": {"num_heads": 3, "head_dim": 4, "conv_size": None},
 }
+MLP_OPTIONS = {
+    "swiglu": {"intermediate_size": 24},
+    "moe": {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 8, "shared_intermediate_size": 16},
+}
 CONFIGS = {
     "m2rnn": {"mixers": ["m2rnn", "m2rnn"]},
     "hybrid": {"mixers": ["m2rnn", "attention", "gru"], "mlps": ["swiglu", "none", "swiglu"]},
     "rnn": {"mixers": ["rnn", "gru"]},
+    "moe": {"mixers": ["m2rnn", "attention"], "mlps": ["moe", "moe"]},
     "rope": {"mixers": ["attention", "attention"], "rope": 100.0},
 }
 
@@ -31,7 +36,7 @@ def config(name: str = "hybrid", **overrides: Any) -> M2RNNConfig:
         "vocab_size": VOCAB,
         "hidden_size": 16,
         "mixer_options": options,
-        "mlp_options": {"swiglu": {"intermediate_size": 24}},
+        "mlp_options": MLP_OPTIONS,
         "initializer_range": 0.3,
         "pad_token_id": 0,
         "bos_token_id": 1,

@@ -15,7 +15,7 @@ def count(config: M2RNNConfig) -> int:
     ("fields", "message"),
     [
         ({"mixers": ["m2rnn", "lstm"]}, "unknown mixer 'lstm'; known: m2rnn, attention, gru, rnn"),
-        ({"mlps": ["swiglu"] * 3 + ["moe"]}, "unknown mlp 'moe'; known: swiglu, none"),
+        ({"mlps": ["swiglu"] * 3 + ["mixture"]}, "unknown mlp 'mixture'; known: swiglu, moe, none"),
         ({"mixer_options": {"lstm": {}}}, "unknown mixer 'lstm'"),
         (
             {"mixer_options": {"m2rnn": {"heads": 4}}},
