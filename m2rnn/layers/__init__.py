@@ -7,8 +7,10 @@ tensors.
 
 from m2rnn.layers.attention import Attention
 from m2rnn.layers.decay_gate import DecayGate
+from m2rnn.layers.gated_deltanet import GatedDeltaNet
 from m2rnn.layers.gru import GRU
 from m2rnn.layers.m2rnn import M2RNN, M2RNNState
+from m2rnn.layers.mamba2 import Mamba2
 from m2rnn.layers.mlp import SwiGLU
 from m2rnn.layers.packing import Packing
 from m2rnn.layers.projection import OutputProjection
@@ -21,7 +23,9 @@ __all__ = [
     "RNN",
     "Attention",
     "DecayGate",
+    "GatedDeltaNet",
     "M2RNNState",
+    "Mamba2",
     "OutputProjection",
     "Packing",
     "ShortConv",

@@ -58,9 +58,16 @@ class DecayGate(nn.Module):
 
     def forward(self, logits: Tensor) -> Tensor:
         """``logits`` [..., num_heads] of any floating dtype to f, same shape, float32 (or float64 for it)."""
+        return self.log_decay(self.step_size(logits)).exp()
+
+    def step_size(self, logits: Tensor) -> Tensor:
+        """``softplus(logit + dt_bias)``, which Mamba-2 calls dt and also scales its inputs with."""
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        A = self.A_log.to(dtype).exp()
-        return torch.exp(-A * F.softplus(logits.to(dtype) + self.dt_bias.to(dtype)))
+        return F.softplus(logits.to(dtype) + self.dt_bias.to(dtype))
+
+    def log_decay(self, step_size: Tensor) -> Tensor:
+        """log f, for the step sizes that ``step_size`` returns."""
+        return -self.A_log.to(step_size.dtype).exp() * step_size
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DecayGate":
         def keep_precision(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from m2rnn.ops.decode import decode_step
 
 
 class M2RNNState(NamedTuple):
-    """What an ``M2RNN``, ``RNN`` or ``GRU`` layer remembers of each sequence.
+    """What a recurrent layer (M2RNN, RNN, GRU, Gated DeltaNet, Mamba-2) remembers of each sequence.
 
     Attributes:
         recurrent: the matrix states ``[B, H, K, V]``, or vectors ``[B, H, V]``; float32 (float64 for float64 inputs).
@@ -44,6 +44,15 @@ class StaticM2RNNState(M2RNNState):
     def dynamic(self) -> M2RNNState:
         """The state as one that no token changes."""
         return M2RNNState(*(None if x is None else x.clone() for x in self))  # type: ignore[arg-type]
+
+
+def next_state(
+    state: M2RNNState | None, recurrent: Tensor, conv: Tensor | None, hidden: Tensor, packing: Packing | None
+) -> M2RNNState:
+    """The state after ``hidden``, in place if ``state`` is static and one token without gradients followed it."""
+    one_token = packing is None and hidden.shape[1] == 1 and not torch.is_grad_enabled()
+    after = M2RNNState(recurrent, conv)
+    return state.update(after) if isinstance(state, StaticM2RNNState) and one_token else after
 
 
 class M2RNN(nn.Module):

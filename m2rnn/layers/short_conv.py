@@ -9,18 +9,21 @@ from m2rnn.layers.packing import Packing
 
 
 class ShortConv(nn.Module):
-    """``y_t = activation(Σ_i weight[:, 0, i] ⊙ x_{t - width + 1 + i})``, each channel on its own.
+    """``y_t = activation(Σ_i weight[:, 0, i] ⊙ x_{t - width + 1 + i} + bias)``, each channel on its own.
 
     The state holds the last ``width - 1`` inputs of each sequence, zeros before its first token, so that
-    any split of a sequence into calls gives the same outputs. Initialised uniformly in ±1/√width.
+    any split of a sequence into calls gives the same outputs. Initialised uniformly in ±1/√width, a bias at 0.
 
     Args:
         channels: number of channels C.
         width: number of taps, at least 1.
         activation: ``"silu"`` or None.
+        bias: whether there is one; it takes no weight decay.
     """
 
-    def __init__(self, channels: int, width: int = 4, activation: str | None = "silu") -> None:
+    _no_weight_decay = ("bias",)
+
+    def __init__(self, channels: int, width: int = 4, activation: str | None = "silu", *, bias: bool = False) -> None:
         super().__init__()
         if width < 1:
             raise ValueError(f"width must be at least 1, got {width}")
@@ -28,11 +31,14 @@ class ShortConv(nn.Module):
         self.width = width
         self.activation = activation
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         bound = self.width**-0.5
         initialize(self.weight, lambda weight: weight.uniform_(-bound, bound))
+        if self.bias is not None:
+            initialize(self.bias, lambda bias: bias.zero_())
 
     def forward(self, x: Tensor, state: Tensor | None = None, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
         """``x`` [B, T, C] and ``state`` [B, width - 1, C] to the output and the new state, of the same
@@ -65,7 +71,7 @@ class ShortConv(nn.Module):
     def _convolve(self, x: Tensor) -> Tensor:
         if x.shape[1] < self.width or not x.shape[0]:  # no token: conv1d refuses
             return x[:, : max(0, x.shape[1] - self.width + 1)]
-        return F.conv1d(x.transpose(1, 2), self.weight, groups=x.shape[2]).transpose(1, 2)
+        return F.conv1d(x.transpose(1, 2), self.weight, self.bias, groups=x.shape[2]).transpose(1, 2)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, width={self.width}, activation={self.activation!r}"

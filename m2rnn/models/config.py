@@ -8,10 +8,17 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import PreTrainedConfig
 
-from m2rnn.layers import GRU, M2RNN, RNN, Attention, SwiGLU
+from m2rnn.layers import GRU, M2RNN, RNN, Attention, GatedDeltaNet, Mamba2, SwiGLU
 from m2rnn.layers.moe import MoE
 
-MIXERS: dict[str, type[nn.Module]] = {"m2rnn": M2RNN, "attention": Attention, "gru": GRU, "rnn": RNN}
+MIXERS: dict[str, type[nn.Module]] = {
+    "m2rnn": M2RNN,
+    "attention": Attention,
+    "gru": GRU,
+    "rnn": RNN,
+    "gated_deltanet": GatedDeltaNet,
+    "mamba2": Mamba2,
+}
 MLPS: dict[str, type[nn.Module] | None] = {"swiglu": SwiGLU, "moe": MoE, "none": None}
 
 
@@ -22,7 +29,7 @@ class M2RNNConfig(PreTrainedConfig):
     Args:
         vocab_size: number of token ids.
         hidden_size: width of the residual stream.
-        mixers: one name per layer: ``"m2rnn"``, ``"attention"``, ``"gru"`` or ``"rnn"``.
+        mixers: one name per layer: a key of ``MIXERS``, such as ``"m2rnn"`` or ``"attention"``.
         mlps: one name per layer, ``"swiglu"``, ``"moe"`` or ``"none"``; default ``"swiglu"`` everywhere.
         mixer_options: for a mixer's name, the arguments of its class besides ``hidden_size``, e.g.
             ``{"m2rnn": {"num_heads": 84}, "attention": {"num_heads": 16, "rope_theta": 10000.0}}``.

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from m2rnn.layers import GRU, M2RNN, RNN, Attention, Packing
+from m2rnn.layers import GRU, M2RNN, RNN, Attention, GatedDeltaNet, Mamba2, Packing
 from tests.tolerances import assert_close
 
 HIDDEN = 12
@@ -31,6 +31,15 @@ MIXERS = {
     "gru-plain": lambda: GRU(HIDDEN, 1, 7, conv_size=None, activation=None, norm=False, gate=False),
     "rnn": lambda: RNN(HIDDEN, 3, 4, conv_size=3),
     "rnn-plain": lambda: RNN(HIDDEN, 2, 3, conv_size=None, norm=False, gate=False),
+    "gated-deltanet": lambda: GatedDeltaNet(HIDDEN, 2, key_dim=3, value_dim=5),
+    "gated-deltanet-plain": lambda: GatedDeltaNet(
+        HIDDEN, 2, 4, 3, conv_size=None, activation=None, norm=False, gate=False
+    ),
+    "gated-deltaproduct": lambda: GatedDeltaNet(HIDDEN, 2, 8, 5, num_householder=2, negative_eigenvalues=True),
+    "mamba2": lambda: Mamba2(HIDDEN, 3, state_size=5, inner_size=12),
+    "mamba2-plain": lambda: Mamba2(
+        HIDDEN, 2, 3, 10, conv_size=None, activation=None, norm=False, residual=False, gate=False
+    ),
 }
 
 

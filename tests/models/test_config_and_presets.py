@@ -14,7 +14,10 @@ def count(config: M2RNNConfig) -> int:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"mixers": ["m2rnn", "lstm"]}, "unknown mixer 'lstm'; known: m2rnn, attention, gru, rnn"),
+        (
+            {"mixers": ["m2rnn", "lstm"]},
+            "unknown mixer 'lstm'; known: m2rnn, attention, gru, rnn, gated_deltanet, mamba2",
+        ),
         ({"mlps": ["swiglu"] * 3 + ["mixture"]}, "unknown mlp 'mixture'; known: swiglu, moe, none"),
         ({"mixer_options": {"lstm": {}}}, "unknown mixer 'lstm'"),
         (
@@ -48,17 +51,28 @@ PAPER = {
     "mixer_options": {
         "m2rnn": {"num_heads": 84, "key_dim": 64, "value_dim": 16},
         "attention": {"num_heads": 16},
+        "gated_deltanet": {"num_heads": 2, "key_dim": 256, "value_dim": 512},
+        "mamba2": {"num_heads": 64, "state_size": 216, "inner_size": 1216},
     },
 }
+HYBRID_GDN = ["gated_deltanet"] * 4 + ["attention"] + ["gated_deltanet"] * 3
 
 
 @pytest.mark.parametrize(
-    ("pattern", "parameters"),
-    [("M" * 24, 513_497_024), ("MMMMAMMM" * 3, 512_951_624), ("A" * 24, 509_133_824)],
-    ids=["m2rnn", "hybrid", "attention"],
+    ("mixers", "parameters"),
+    [
+        (presets.layers("M" * 24), 513_497_024),
+        (presets.layers("MMMMAMMM" * 3), 512_951_624),
+        (presets.layers("A" * 24), 509_133_824),
+        (["gated_deltanet"] * 24, 509_441_120),
+        (HYBRID_GDN * 3, 509_402_708),
+        (["m2rnn", *(HYBRID_GDN * 3)[1:]], 509_571_704),
+        (["mamba2"] * 24, 510_545_024),
+    ],
+    ids=["m2rnn", "hybrid", "attention", "gated_deltanet", "hybrid-gdn", "hybrid-gdn-m2rnn1", "mamba2"],
 )
-def test_parameter_counts_are_the_published_ones(pattern: str, parameters: int) -> None:
-    assert count(M2RNNConfig(mixers=presets.layers(pattern), **PAPER)) == parameters
+def test_parameter_counts_are_the_published_ones(mixers: list[str], parameters: int) -> None:
+    assert count(M2RNNConfig(mixers=mixers, **PAPER)) == parameters
 
 
 @pytest.mark.parametrize("name", presets.names())

@@ -1,0 +1,121 @@
+"""The linear recurrences by the GPU kernels of flash-linear-attention, where they can run and are right."""
+
+import functools
+import importlib.metadata
+import importlib.util
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LARGEST_KEY = 256  #: rows of a state that the delta rule's kernels have room for
+HOPPER = 9
+#: Triton from the first to before the second computes wrong gradients in the gated chunk kernels on Hopper
+WRONG_TRITON = (3, 4, 0), (3, 7, 1)
+
+
+def why_not(device: torch.device, dtype: torch.dtype, key_dim: int, *, trained: bool, delta: bool) -> str | None:
+    """Why the kernels cannot run, or None if they can.
+
+    Args:
+        device: Where the tensors are.
+        dtype: Of q, k and v.
+        key_dim: K.
+        trained: Whether a gradient will be asked for.
+        delta: The delta rule, or else gated linear attention.
+    """
+    if device.type != "cuda":
+        return f"its kernels need a GPU, the tensors are on {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"its kernels take bfloat16 or float16, not {str(dtype)[6:]}"
+    if delta and key_dim > LARGEST_KEY:
+        return f"its delta rule takes keys of up to {LARGEST_KEY} channels, not {key_dim}"
+    if not _installed("fla"):
+        return "flash-linear-attention is not installed: pip install 'm2rnn[fla]'"
+    return _why_no_gradient(device, delta) if trained else None
+
+
+def _why_no_gradient(device: torch.device, delta: bool) -> str | None:
+    version = triton_version()
+    wrong = torch.cuda.get_device_capability(device)[0] == HOPPER and WRONG_TRITON[0] <= version < WRONG_TRITON[1]
+    if not wrong or (delta and _installed("tilelang")):  # its TileLang kernel has the delta rule alone
+        return None
+    return (
+        f"with Triton {'.'.join(map(str, version))} its gated chunk kernels compute wrong gradients on a Hopper GPU "
+        "(3.4.0 up to but without 3.7.1 do): upgrade to Triton 3.7.1 or newer, which torch 2.12.1 and newer bring"
+        + (", or pip install tilelang" if delta else "")
+    )
+
+
+@functools.cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+@functools.cache
+def triton_version() -> tuple[int, ...]:
+    """Of the installed Triton, which PyTorch's builds for GPUs bring; (0, 0, 0) without one."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return (0, 0, 0)
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+
+
+def gated_delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``gated_delta_scan`` for at least one token: y and the final states."""
+    writes = k.shape[2]
+    k, v, beta = k.flatten(1, 2), v.flatten(1, 2), beta.to(q.dtype).flatten(1, 2)
+    options = {
+        "scale": 1.0,
+        "initial_state": initial_state,
+        "output_final_state": True,
+        "cu_seqlens": None if cu_seqlens is None else cu_seqlens.long(),
+    }
+    if writes == 1:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        y, state = chunk_gated_delta_rule(q, k, v, log_decay, beta, **options)
+    else:
+        from fla.ops.gated_delta_product import chunk_gated_delta_product
+
+        y, state = chunk_gated_delta_product(q, k, v, log_decay, beta, num_householder=writes, **options)
+    return y, state
+
+
+def gated_linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``gated_linear_scan`` for at least one token: y and the final states."""
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    keys, values = k.shape[-1], v.shape[-1]
+    odd_key, odd_value = keys % 2, values % 2  # its gradient wants even numbers of channels
+    q, k = (F.pad(x.repeat_interleave(v.shape[2] // x.shape[2], 2), (0, odd_key)) for x in (q, k))
+    if initial_state is not None:
+        initial_state = F.pad(initial_state, (0, odd_value, 0, odd_key))
+    y, state = chunk_simple_gla(
+        q,
+        k,
+        F.pad(v, (0, odd_value)),
+        log_decay,
+        scale=1.0,
+        initial_state=initial_state,
+        output_final_state=True,
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.long(),
+    )
+    return y[..., :values], state[..., :keys, :values]
