@@ -76,8 +76,8 @@ def main() -> None:
         parser.error("--repeats and --threads are at least 1")
 
     sys.path.insert(0, PROJECT)
+    from m2rnn.data.run_folder import write_whole_file
     from m2rnn.evaluation.machine import hardware, versions
-    from m2rnn.training.run_folder import write_whole_file
 
     device = "cpu" if options.backend == "cpu" else "cuda"
     machine = {"backend": options.backend, **hardware(device), "threads": options.threads}

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from m2rnn.data.run_folder import write_whole_file
 from m2rnn.evaluation.track import score_model
-from m2rnn.training.run_folder import write_whole_file
 from m2rnn.training.track import train
 from m2rnn.training.track_settings import TrackSettings
 

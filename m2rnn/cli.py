@@ -6,7 +6,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from m2rnn.training.run_folder import RunFolderError
+from m2rnn.data.run_folder import RunFolderError
 from m2rnn.training.track_settings import SettingsError, TrackSettings
 
 DEFAULT = TrackSettings()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import m2rnn.ops
+from m2rnn.data.run_folder import run_folder, to_json, write_whole_file
 from m2rnn.evaluation.bench_contenders import BACKENDS, CONTENDERS, PASSES, Shape, contenders_on, scan_inputs
 from m2rnn.evaluation.bench_floor import GPU, Peaks, cpu_peaks, current_gpu, floor, step_counts
 from m2rnn.evaluation.bench_measure import (
@@ -34,7 +35,6 @@ from m2rnn.evaluation.bench_report import CSV, JSON, PLOT, STEPS, Row, Rows, emp
 from m2rnn.evaluation.machine import hardware, versions
 from m2rnn.ops import m2rnn_step
 from m2rnn.training.display import Display
-from m2rnn.training.run_folder import run_folder, to_json, write_whole_file
 from m2rnn.training.track_settings import SettingsError
 
 GPU_SHAPES = ("B8T4096N84", "B4T4096N132", "B2T16384N84", "B1T32768N84", "B4T4096N66V32", "B4T4096N33V64")

@@ -7,9 +7,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from m2rnn.data.run_folder import write_whole_file
 from m2rnn.evaluation.bench_contenders import BACKENDS, PASSES
 from m2rnn.evaluation.plot import STYLES, save_figure
-from m2rnn.training.run_folder import write_whole_file
 from m2rnn.training.track_settings import SettingsError
 
 if TYPE_CHECKING:

@@ -12,12 +12,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from m2rnn.evaluation.machine import hardware, versions
-from m2rnn.evaluation.track_report import write_plot
-from m2rnn.models import M2RNNForCausalLM
-from m2rnn.tasks.word_problem import Score
-from m2rnn.training.display import Display
-from m2rnn.training.run_folder import (
+from m2rnn.data.run_folder import (
     MODEL,
     PLOT,
     RESULTS,
@@ -26,6 +21,11 @@ from m2rnn.training.run_folder import (
     whole_folder,
     write_whole_file,
 )
+from m2rnn.evaluation.machine import hardware, versions
+from m2rnn.evaluation.track_report import write_plot
+from m2rnn.models import M2RNNForCausalLM
+from m2rnn.tasks.word_problem import Score
+from m2rnn.training.display import Display
 from m2rnn.training.track import TrainingResult, build_config, train
 from m2rnn.training.track_settings import SettingsError, TrackSettings
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
-from m2rnn.training.run_folder import CHECKPOINTS, PARTIAL, to_json, whole_folder
+from m2rnn.data.run_folder import CHECKPOINTS, PARTIAL, to_json, whole_folder
 
 
 def save_checkpoint(

@@ -19,12 +19,12 @@ from typing import Literal
 import torch
 from torch.nn.functional import cross_entropy
 
+from m2rnn.data.run_folder import LOG, RunFolderError
 from m2rnn.models import M2RNNConfig, M2RNNForCausalLM, presets
 from m2rnn.tasks.word_problem import Batch
 from m2rnn.training.checkpoint import load_checkpoint, save_checkpoint
 from m2rnn.training.curriculum import Curriculum, Progress
 from m2rnn.training.display import Display
-from m2rnn.training.run_folder import LOG, RunFolderError
 from m2rnn.training.track_settings import SettingsError, TrackSettings
 
 ADAM_BETAS = (0.9, 0.98)

@@ -11,10 +11,10 @@ import torch
 from matplotlib.image import imread
 from transformers import AutoModelForCausalLM
 
+from m2rnn.data.run_folder import RunFolderError
 from m2rnn.evaluation import track as tracking
 from m2rnn.evaluation.track_report import runs_of, table
 from m2rnn.models import M2RNNForCausalLM
-from m2rnn.training.run_folder import RunFolderError
 from m2rnn.training.track_settings import SettingsError, TrackSettings
 
 TINY = {"hidden_size": 8, "mixer_options": {"m2rnn": {"value_dim": 4}}}

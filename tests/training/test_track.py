@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from m2rnn.data.run_folder import RunFolderError, run_folder
 from m2rnn.training.curriculum import Curriculum, Progress
-from m2rnn.training.run_folder import RunFolderError, run_folder
 from m2rnn.training.track import build_config, build_model, train
 from m2rnn.training.track_settings import SettingsError, TrackSettings
 

@@ -7,13 +7,14 @@ under another name, forced to disk, then renamed.
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 SETTINGS, LOCK, LOG, CHECKPOINTS = "settings.json", "lock", "log.jsonl", "checkpoints"
 MODEL, RESULTS, PLOT = "model", "results.json", "accuracy-by-length.png"
+RUN_FILES = (CHECKPOINTS, MODEL, LOG, RESULTS, PLOT)
 PARTIAL = ".partial"
 
 
@@ -22,8 +23,12 @@ class RunFolderError(Exception):
 
 
 @contextmanager
-def run_folder(path: Path, settings: Mapping[str, Any], overwrite: bool = False) -> Iterator[None]:
+def run_folder(
+    path: Path, settings: Mapping[str, Any], overwrite: bool = False, files: Iterable[str] = RUN_FILES
+) -> Iterator[None]:
     """Hold ``path`` for a run with these settings; what an earlier run with the same settings left is kept.
+
+    A run writes ``files``: names of files and folders, its own to delete.
 
     `RunFolderError` if another process holds it, if it belongs to a run with other settings (``overwrite``
     deletes that run's files), if it holds something that is no run, or if it cannot be written.
@@ -41,7 +46,7 @@ def run_folder(path: Path, settings: Mapping[str, Any], overwrite: bool = False)
         if (path / SETTINGS).exists() and not overwrite:
             _check_settings(path, settings)
         else:
-            _clear(path)
+            _clear(path, files)
             write_whole_file(path / SETTINGS, to_json(settings))
         yield
 
@@ -69,9 +74,9 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
             )
 
 
-def _clear(path: Path) -> None:
+def _clear(path: Path, files: Iterable[str]) -> None:
     # The settings go last: until then the folder still tells whose files these are.
-    for name in (CHECKPOINTS, MODEL, LOG, RESULTS, PLOT, SETTINGS):
+    for name in (*files, SETTINGS):
         for file in (path / name, path / (name + PARTIAL)):
             if file.is_dir():
                 shutil.rmtree(file)
