@@ -31,6 +31,7 @@ def run(*arguments: object) -> Result:
     ("command", "options"),
     [
         ("track", ["--group", "--mixer", "--compare", "--train-length", "--test-lengths", "--overwrite"]),
+        ("convert", ["source", "destination", "--to", "--mlp-layout", "--max-shard-size", "--force", "--json"]),
         ("bench op", ["--out", "--shapes", "--backends", "--quick", "--no-sweep", "--device"]),
     ],
 )

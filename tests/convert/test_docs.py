@@ -1,0 +1,22 @@
+"""The examples of docs/swap-and-convert.md run as they stand."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.convert import lm_engine_by_hand as by_hand
+
+DOCS = (Path(__file__).parents[2] / "docs" / "swap-and-convert.md").read_text(encoding="utf-8")
+EXAMPLES = dict(re.findall(r"## ([\w' ]+)\n(?:(?!\n## ).)*?```python\n(.*?)```", DOCS, flags=re.DOTALL))
+
+
+def test_the_authors_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = by_hand.config("MMA")
+    by_hand.save(tmp_path / "hybrid-m2rnn-410m", config, by_hand.random_tensors(config))
+    scope: dict[str, Any] = {}
+    exec(EXAMPLES["The authors' checkpoints"], scope)
+    assert scope["model"].config.mixers == ["m2rnn", "m2rnn", "attention"]
+    assert "2 m2rnn, 1 attention" in scope["done"].table()
