@@ -15,12 +15,10 @@ from typer.testing import CliRunner
 from m2rnn import cli
 from m2rnn.convert import ConversionError, convert
 from m2rnn.models import M2RNNConfig, M2RNNForCausalLM, presets
-from m2rnn.models.config import MLPS
 from tests.convert import lm_engine_by_hand as by_hand
 from tests.models.small import make
 from tests.tolerances import assert_close
 
-NEEDS_MOE = pytest.mark.skipif("moe" not in MLPS, reason="this library has no mixture of experts yet")
 OLDER = ("embedding_init_method", "use_depth_scaled_init", "tie_word_embeddings")
 
 
@@ -61,13 +59,9 @@ CASES: dict[str, Any] = {
     "older": older(by_hand.config()),
     "older, all defaults": {name: value for name, value in by_hand.config().items() if name not in OLDER},
     "older, flags": changed(older(by_hand.config()), "mlp_blocks", use_interleaved_weights=True),
-    "moe": pytest.param(by_hand.config("MA", by_hand.MOE_BLOCK), marks=NEEDS_MOE),
-    "moe, no shared expert": pytest.param(
-        by_hand.config("M", by_hand.MOE_BLOCK | {"shared_intermediate_size": None}), marks=NEEDS_MOE
-    ),
-    "older moe": pytest.param(
-        older(by_hand.config("M", by_hand.MOE_BLOCK | {"use_interleaved_weights": True})), marks=NEEDS_MOE
-    ),
+    "moe": by_hand.config("MA", by_hand.MOE_BLOCK),
+    "moe, no shared expert": by_hand.config("M", by_hand.MOE_BLOCK | {"shared_intermediate_size": None}),
+    "older moe": older(by_hand.config("M", by_hand.MOE_BLOCK | {"use_interleaved_weights": True})),
 }
 HALVES = {"older": True, "older, all defaults": True, "older moe": True}
 
@@ -91,10 +85,9 @@ def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> 
         assert torch.equal(actual[name].view(torch.uint8), x.view(torch.uint8)), name
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=getattr(c, "marks", ())) for n, c in CASES.items()])
+@pytest.mark.parametrize("name", CASES)
 def test_logits_are_those_of_the_equations_and_the_way_back_restores_every_bit(tmp_path: Path, name: str) -> None:
-    case = CASES[name]
-    config = copy.deepcopy(case if isinstance(case, dict) else case.values[0])
+    config = copy.deepcopy(CASES[name])
     complete = {"tie_word_embeddings": True, **config}
     tensors = by_hand.random_tensors(complete)
     source = by_hand.save(tmp_path / "theirs", config, tensors, shards=1 + (name == "hybrid"))
