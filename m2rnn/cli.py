@@ -30,7 +30,12 @@ def track(
     inputs: Annotated[
         str, typer.Option(help="Tokens: 'all' elements, or the identity and 'generators'.")
     ] = DEFAULT.inputs,
-    mixer: Annotated[str, typer.Option(help="m2rnn, gru, rnn or attention.")] = DEFAULT.mixer,
+    mixer: Annotated[
+        str,
+        typer.Option(
+            help="m2rnn, gru, rnn, gated_deltanet, gated_deltanet_negative, gated_deltaproduct2, mamba2 or attention."
+        ),
+    ] = DEFAULT.mixer,
     compare: Annotated[
         str | None, typer.Option(help="Several mixers, one after the other, e.g. m2rnn,gru,attention.")
     ] = None,
@@ -106,6 +111,38 @@ def track(
         fail(f"interrupted; the same command resumes the run in {out}", exit_code=130)
     typer.echo(table(runs_of(results)))
     typer.echo(f"\nresults, model and plot: {out}")
+
+
+@app.command("presets")
+def list_presets(
+    name: Annotated[str | None, typer.Argument(help="Show this preset alone, with its layers.")] = None,
+    only: Annotated[str, typer.Option("--filter", help="List presets whose names contain this, e.g. 7b.")] = "",
+    context: Annotated[int, typer.Option(help="Tokens of a training sequence, for the work of attention.")] = 4096,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the whole configuration of NAME.")] = False,
+) -> None:
+    """List the models by name: parameters, state, cache and work of training.
+
+    Active parameters are those that a token uses: without the experts that it does not take. Recurrent state and
+    KV cache count numbers, not bytes. Work is floating-point operations per token of a forward and a backward pass;
+    docs/models.md has the formula.
+
+    Example: m2rnn presets --filter hybrid-gdn
+    """
+    from m2rnn.evaluation import preset_report
+    from m2rnn.models import presets
+
+    try:
+        if name is not None:
+            typer.echo(preset_report.as_json(name, context) if as_json else preset_report.detail(name, context))
+            return
+        names = [known for known in presets.names() if only in known]
+        if not names:
+            raise ValueError(f"no preset's name contains {only!r}; known: {', '.join(presets.names())}")
+        lines = preset_report.json_lines(names, context) if as_json else preset_report.table_lines(names, context)
+        for line in lines:
+            typer.echo(line)
+    except ValueError as error:
+        fail(str(error), exit_code=2)
 
 
 @bench.command()

@@ -32,6 +32,7 @@ def run(*arguments: object) -> Result:
     [
         ("track", ["--group", "--mixer", "--compare", "--train-length", "--test-lengths", "--overwrite"]),
         ("convert", ["source", "destination", "--to", "--mlp-layout", "--max-shard-size", "--force", "--json"]),
+        ("presets", ["[name]", "--filter", "--context", "--json"]),
         ("bench op", ["--out", "--shapes", "--backends", "--quick", "--no-sweep", "--device"]),
     ],
 )
@@ -119,3 +120,66 @@ def test_other_settings_in_the_same_folder_need_overwrite(tmp_path):
     assert refused.exit_code == 2
     assert "seed = 0, not 1" in refused.stderr
     assert run("--out", tmp_path, *QUICK, "--seed", 1, "--overwrite").exit_code == 0
+
+
+def presets(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, ["presets", *map(str, arguments)])
+
+
+def test_presets_are_listed_by_name_with_their_sizes():
+    rows = [line.split() for line in presets("--filter", "hybrid-gdn-m2rnn1").stdout.splitlines()]
+    assert [row[0] for row in rows[1:5]] == [
+        "hybrid-gdn-m2rnn1-410m",
+        "hybrid-gdn-m2rnn1-7b",
+        "tiny-hybrid-gdn-m2rnn1",
+        "tiny-moe-hybrid-gdn-m2rnn1",
+    ]
+    assert rows[2][1:] == [
+        *("6,923,789,140", "1,261,478,740", "6,615,507,796"),
+        *("M", "135,168", "G", "393,216", "15,360", "7.13", "G"),
+    ]
+    assert "M m2rnn, G gated_deltanet, A attention" in presets("--filter", "hybrid-gdn-m2rnn1").stdout
+
+
+def test_presets_are_listed_as_json_too():
+    listed = json.loads(presets("--filter", "tiny-hybrid", "--json", "--context", 64).stdout)
+    assert [row["name"] for row in listed if "gdn" not in row["name"]] == [
+        "tiny-hybrid-m2rnn",
+        "tiny-hybrid-mamba2",
+        "tiny-hybrid-mamba2-m2rnn1",
+        "tiny-hybrid-mamba2-m2rnn2",
+    ]
+    assert listed[0]["context"] == 64
+    (one,) = json.loads(presets("--filter", "tiny-moe-rnn", "--json").stdout)
+    assert (one["pattern"], one["active"]) == ("RR", 156_928)
+
+
+def test_one_preset_is_shown_in_detail():
+    shown = presets("hybrid-gdn-m2rnn1-7b").stdout
+    assert "MGGGAGGG GGGGAGGG GGGGAGGG GGGGAGGG GGGGAGGG" in shown
+    assert "34 × 9,459,206 parameters (num_heads 3, key_dim 256, value_dim 512)" in shown
+    assert "135,168 numbers a layer of m2rnn" in shown
+    with_config = json.loads(presets("tiny-gru", "--json").stdout)
+    assert with_config["config"]["mixer_options"] == {"gru": {"num_heads": 6, "head_dim": 16}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["huge"], "unknown preset 'huge'; known: m2rnn-410m"),
+        (["--filter", "huge"], "no preset's name contains 'huge'"),
+        (["tiny-gru", "--context", "0"], "context must be at least 1, got 0"),
+    ],
+)
+def test_a_mistake_about_presets_is_named(arguments, message):
+    result = presets(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert isinstance(result.exception, SystemExit)
+
+
+@pytest.mark.parametrize("size", ["410m", "7b"])
+def test_the_documentation_shows_the_table(size):
+    documented = (ROOT / "docs" / "models.md").read_text(encoding="utf-8").splitlines()
+    for line in presets("--filter", size).stdout.splitlines():
+        assert f"    {line}".rstrip() in documented

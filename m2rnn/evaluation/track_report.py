@@ -17,11 +17,11 @@ def runs_of(results: Results) -> list[Results]:
 
 def table(runs: Sequence[Results]) -> str:
     """Accuracy by length, one row a mixer and length, and a line on each training."""
-    lines = [f"{'mixer':<16}{'length':>8}{'all positions':>16}{'last quarter':>15}{'chance':>9}"]
+    lines = [f"{'mixer':<24}{'length':>8}{'all positions':>16}{'last quarter':>15}{'chance':>9}"]
     for run in runs:
         for length, accuracy in run["accuracy"].items():
             lines.append(
-                f"{run['settings']['mixer']:<16}{length:>8}{accuracy['all']:>16.2%}"
+                f"{run['settings']['mixer']:<24}{length:>8}{accuracy['all']:>16.2%}"
                 f"{accuracy['last_quarter']:>15.2%}{run['chance']:>9.1%}"
             )
     lines.append("")

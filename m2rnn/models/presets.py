@@ -10,7 +10,7 @@ from typing import Any
 
 from m2rnn.models.config import M2RNNConfig
 
-_LETTERS = {"M": "m2rnn", "A": "attention", "G": "gated_deltanet", "S": "mamba2", "U": "gru", "R": "rnn"}
+LETTERS = {"m2rnn": "M", "attention": "A", "gated_deltanet": "G", "mamba2": "S", "gru": "U", "rnn": "R"}
 
 
 def _paper_patterns(repeats: int) -> dict[str, str]:
@@ -148,17 +148,17 @@ def layers(pattern: str) -> list[str]:
     Raises:
         ValueError: for a letter that names no mixer.
     """
+    mixers = {letter: mixer for mixer, letter in LETTERS.items()}
     for letter in pattern:
-        if letter not in _LETTERS:
-            known = ", ".join(f"{letter} {name}" for letter, name in _LETTERS.items())
+        if letter not in mixers:
+            known = ", ".join(f"{letter} {mixer}" for letter, mixer in mixers.items())
             raise ValueError(f"unknown letter {letter!r} in pattern {pattern!r}; known: {known}")
-    return [_LETTERS[letter] for letter in pattern]
+    return [mixers[letter] for letter in pattern]
 
 
 def pattern_of(config: M2RNNConfig) -> str:
     """The pattern of a configuration's mixers, what ``layers`` takes."""
-    letters = {name: letter for letter, name in _LETTERS.items()}
-    return "".join(letters[mixer] for mixer in config.mixers)
+    return "".join(LETTERS[mixer] for mixer in config.mixers)
 
 
 def from_pattern(pattern: str, size: str = "410m", **overrides: Any) -> M2RNNConfig:

@@ -1,0 +1,37 @@
+"""Configurations: what they refuse."""
+
+import pytest
+
+from m2rnn.models import M2RNNConfig, M2RNNForCausalLM
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"mixers": ["m2rnn", "lstm"]},
+            "unknown mixer 'lstm'; known: m2rnn, attention, gru, rnn, gated_deltanet, mamba2",
+        ),
+        ({"mlps": ["swiglu"] * 3 + ["mixture"]}, "unknown mlp 'mixture'; known: swiglu, moe, none"),
+        ({"mixer_options": {"lstm": {}}}, "unknown mixer 'lstm'"),
+        (
+            {"mixer_options": {"m2rnn": {"heads": 4}}},
+            "mixer 'm2rnn' has no option 'heads'; known: num_heads, key_dim",
+        ),
+        (
+            {"mlp_options": {"swiglu": {"size": 4}}},
+            "mlp 'swiglu' has no option 'size'; known: intermediate_size",
+        ),
+        ({"mlp_options": {"none": {"size": 4}}}, "mlp 'none' has no option 'size'"),
+        ({"mixers": ["m2rnn"], "mlps": ["swiglu", "none"]}, "got 1 mixers and 2 mlps"),
+        ({"mixers": []}, "got 0 mixers"),
+    ],
+)
+def test_bad_configurations_are_refused(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        M2RNNConfig(**fields)
+
+
+def test_bad_option_values_are_refused_by_the_layer() -> None:
+    with pytest.raises(ValueError, match="num_q_heads must divide"):
+        M2RNNForCausalLM(M2RNNConfig(mixer_options={"m2rnn": {"num_heads": 4, "num_q_heads": 3}}))
