@@ -147,3 +147,15 @@ def test_dense_models_return_what_they_did() -> None:
     ids = torch.randint(VOCAB, (2, 7))
     outputs = make("hybrid").train()(ids, labels=ids, output_router_logits=True)
     assert set(outputs.keys()) == {"loss"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of dynamo's own
+def test_model_compiles_without_graph_breaks() -> None:
+    """With the implementations that have no loop over the experts."""
+    model = make("moe", mixers=["attention"], mlps=["moe"], router_aux_loss_coef=0.5).train()
+    ids = torch.randint(VOCAB, (2, 5))
+    expected = model(ids, labels=ids).loss
+    model.set_experts_implementation("batched_mm")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(ids, labels=ids).loss, expected, torch.float64, "output")

@@ -1,10 +1,12 @@
 """Presets: the paper's models to the last parameter, and tiny twins that do all that a model must."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoConfig
 
 from m2rnn.models import M2RNNConfig, M2RNNForCausalLM, presets
@@ -277,3 +279,67 @@ def test_weight_decay_spares_gates_residuals_and_recurrent_matrices_of_every_mix
         assert {key.rsplit(".", 1)[1] for key in mine} == endings[mixer]
     for key, parameter in model.named_parameters():
         assert key in spared or parameter.dim() > 1 or "norm" in key, key
+
+
+@pytest.mark.parametrize("construction", ["constructor", "after the meta device"])
+def test_mixers_start_as_the_paper_says_at_their_full_size(construction: str) -> None:
+    """A layer of each at the width of the 410M models; a small MLP and vocabulary, which are not under test."""
+    config = presets.from_pattern("MGSAUR", vocab_size=16, mlp_options={"swiglu": {"intermediate_size": 8}})
+    if construction == "constructor":
+        model = M2RNNForCausalLM(config)
+    else:
+        with torch.device("meta"):
+            model = M2RNNForCausalLM(config)
+        model.to_empty(device="cpu")
+        for module in model.modules():  # what the construction marked as done
+            module._is_hf_initialized = False
+        model.init_weights()
+    mixers = dict(zip(config.mixers, [block.mixer for block in model.model.layers], strict=True))
+
+    def is_normal(weight: torch.Tensor, std: float) -> None:
+        assert weight.std().item() == pytest.approx(std, rel=0.02)
+        assert abs(weight.mean().item()) < 0.02 * std
+
+    for mixer in mixers.values():
+        is_normal(mixer.in_proj.weight, 0.02)
+        is_normal(mixer.out_proj.weight, 0.02 / math.sqrt(2 * 6))
+        if hasattr(mixer, "norm"):
+            assert (mixer.norm.weight == 1).all()
+    assert torch.equal(mixers["m2rnn"].state_weight, torch.eye(16).expand(84, 16, 16))
+    for name in ("m2rnn", "mamba2"):
+        assert (mixers[name].D == 1).all()
+    for name, heads in (("m2rnn", 84), ("gated_deltanet", 2), ("mamba2", 64)):
+        gate = mixers[name].decay_gate
+        A, dt = gate.A_log.exp(), F.softplus(gate.dt_bias)
+        assert A.shape == dt.shape == (heads,)
+        assert A.dtype == dt.dtype == torch.float32
+        assert 1e-4 <= A.min() < A.max() <= 16
+        assert 1e-3 * 0.999 <= dt.min() < dt.max() <= 0.1 * 1.001
+    gate = mixers["m2rnn"].decay_gate
+    uniform = [gate.A_log.exp() / 16, (F.softplus(gate.dt_bias).log() - math.log(1e-3)) / math.log(100)]
+    for draws in uniform:  # Kolmogorov-Smirnov at 84 draws, beyond one chance in ten thousand
+        ranks = torch.arange(1, 85) / 84
+        assert (draws.sort().values - ranks).abs().max() < 2.2 / math.sqrt(84) + 1 / 84
+
+
+@pytest.mark.parametrize("name", ["m2rnn-410m", "hybrid-gdn-m2rnn1-7b"])
+def test_a_model_on_the_meta_device_has_the_papers_layers(name: str) -> None:
+    with torch.device("meta"):
+        model = M2RNNForCausalLM(presets.get(name))
+    mixer = model.model.layers[0].mixer
+    D, heads = (1024, 84) if name == "m2rnn-410m" else (1536, 132)
+    shapes = {key: tuple(parameter.shape) for key, parameter in mixer.named_parameters()}
+    assert shapes == {
+        "in_proj.weight": (64 + 64 + 16 * heads + heads + 16 * heads, D),
+        "conv.weight": (64 + 64 + 16 * heads, 1, 4),
+        "decay_gate.A_log": (heads,),
+        "decay_gate.dt_bias": (heads,),
+        "state_weight": (heads, 16, 16),
+        "D": (heads, 16),
+        "norm.weight": (16 * heads,),
+        "out_proj.weight": (D, 16 * heads),
+    }
+    assert mixer.state_clip == 1.0
+    assert mixer.activation == "silu"
+    layers = model.config.num_hidden_layers
+    assert len(model.no_weight_decay()) == (3 * layers if name == "m2rnn-410m" else 3 + 2 * 34)
