@@ -2,7 +2,7 @@
 
 Every mixer is a module with one contract, ``forward(hidden, state, packing) -> (hidden, state)``: tokens
 ``[B, T, hidden_size]``, or several sequences packed in one row; its state is a named tuple of batch-first
-tensors.
+tensors. ``m2rnn.layers.moe`` is imported by its own name, since it needs transformers.
 """
 
 from m2rnn.layers.attention import Attention

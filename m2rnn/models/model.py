@@ -400,6 +400,8 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
         """
         if compile_config is not None or {parameter.device.type for parameter in self.parameters()} != {"cuda"}:
             return super().get_compiled_call(compile_config)
+        if "moe" in self.config.mlps and self.config._experts_implementation == "eager":
+            return self.__call__  # its loop over the experts waits for the device, which a graph cannot
         self._captured.start(self)
         return partial(self._captured, self)
 

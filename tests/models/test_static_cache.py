@@ -175,3 +175,11 @@ def test_the_graph_repeats_eager_logits(rows: int, dtype: torch.dtype) -> None:
     eager = generate(model, ids, disable_compile=True, **arguments)
     assert torch.equal(captured.sequences, eager.sequences)
     assert torch.equal(torch.stack(captured.logits), torch.stack(eager.logits))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_experts_that_no_graph_can_hold_generate_without_one(device: str) -> None:
+    model = make_on(device, "moe")
+    model.set_experts_implementation("eager")
+    assert_same(model, prompts(2, device))
+    assert model._captured._graph is None
