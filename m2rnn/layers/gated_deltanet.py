@@ -128,7 +128,6 @@ class GatedDeltaNet(nn.Module):
             log_decay,
             2 * beta if self.negative_eigenvalues else beta,
             initial_state=None if state is None else state.recurrent,
-            output_final_state=output_state,
             cu_seqlens=None if packing is None else packing.cu_seqlens,
             backend=self.backend,
         )
@@ -137,7 +136,8 @@ class GatedDeltaNet(nn.Module):
         if self.norm is not None:
             y = self.norm(y.to(self.norm.weight.dtype))  # autocast leaves it to us
         y = self.out_proj(y.flatten(2))
-        return y, None if recurrent is None else next_state(state, recurrent, conv_state, hidden, packing)
+        after = next_state(state, recurrent, conv_state, hidden, packing)
+        return y, after if output_state else None
 
     def extra_repr(self) -> str:
         sizes = f"num_heads={self.num_heads}, key_dim={self.key_dim}, value_dim={self.value_dim}"

@@ -130,7 +130,6 @@ class Mamba2(nn.Module):
             dt[..., None] * x,
             self.decay_gate.log_decay(dt),
             initial_state=None if state is None else state.recurrent,
-            output_final_state=output_state,
             cu_seqlens=None if packing is None else packing.cu_seqlens,
             backend=self.backend,
         )
@@ -142,7 +141,8 @@ class Mamba2(nn.Module):
         if self.norm is not None:
             y = self.norm(y.to(self.norm.weight.dtype))  # autocast leaves it to us
         y = self.out_proj(y)
-        return y, None if recurrent is None else next_state(state, recurrent, conv_state, hidden, packing)
+        after = next_state(state, recurrent, conv_state, hidden, packing)
+        return y, after if output_state else None
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, state_size={self.state_size}, head_dim={self.head_dim}"

@@ -11,15 +11,16 @@ Dimensions, as they appear in names such as ``k_MHJK``:
 import contextlib
 import functools
 import warnings
+from collections import Counter
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from m2rnn.ops import fla
 
-CHUNK = 64  #: tokens; a chunk's products cost as much as its share of the loop
+CPU_CHUNK, GPU_CHUNK = 32, 64  #: most writes in a chunk: more are fewer steps of the loop and larger products
 _BACKENDS = ("torch", "fla")
 
 Update = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
@@ -33,10 +34,9 @@ def gated_delta_scan(
     beta: Tensor,
     *,
     initial_state: Tensor | None = None,
-    output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """The gated delta rule with n writes a token: a forgetting state, corrected towards v where it is read by k.
 
     For each sequence and head, with a state S of K rows and V columns::
@@ -53,35 +53,35 @@ def gated_delta_scan(
         log_decay: g ``[B, T, H]``, at most 0.
         beta: β ``[B, T, n, H]``.
         initial_state: S_0 ``[B, H, K, V]``, or ``[N, H, K, V]`` for N packed sequences; zeros if None.
-        output_final_state: Whether to return S_T of every sequence.
         cu_seqlens: Offsets ``[N + 1]`` of sequences packed one after the other along T; B is 1.
         backend: ``"torch"``, ``"fla"`` (kernels of flash-linear-attention), or None: the kernels where they can run.
+            A single token of each sequence, as in decoding, is always torch's.
 
     Returns:
-        y ``[B, T, H, V]`` in the narrowest dtype of q, k and v, and the final state in float32 (float64 for float64
-        queries), or None.
+        y ``[B, T, H, V]`` in the narrowest dtype of q, k and v, and S_T of every sequence, in float32 (float64 for
+        float64 queries).
 
     Raises:
         ValueError: The backend is unknown or cannot run here; the message says why.
 
     Source: Gated Delta Networks (arXiv 2412.06464); with n writes, DeltaProduct (arXiv 2502.10297).
     """
-    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, log_decay, beta))
     narrow = _narrowest(q, k, v)
-    name = _resolve(backend, q, narrow, trained=trained, delta=True)
-    if name == "fla" and q.numel():
-        q, k, v = q.to(narrow), k.to(narrow), v.to(narrow)
-        y, state = fla.gated_delta(q, k, v, log_decay, beta, initial_state, cu_seqlens)
-        return y, state if output_final_state else None
-    with _full_precision(q):
+    one_token = q.shape[1] == 1 and cu_seqlens is None
+    if not one_token and q.numel():
+        trained = _wants_gradient(q, k, v, log_decay, beta, initial_state)
+        if _resolve(backend, q.device, narrow, q.shape[-1], trained=trained, delta=True) == "fla":
+            q, k, v = q.to(narrow), k.to(narrow), v.to(narrow)
+            return fla.gated_delta(q, k, v, log_decay, beta, initial_state, cu_seqlens)
+    with _full_precision(q.device.type):
         dtype = _state_dtype(q)
         state = _first_state(initial_state, q, q.shape[2], v.shape[-1], cu_seqlens)
-        q_, k_, v_, g_, beta_ = (x.to(dtype) for x in (q, k, v, log_decay, beta))
-        if q.shape[1] == 1 and cu_seqlens is None:
-            y, state = _delta_step(q_, k_, v_, g_, beta_, state)
+        q, k, v, log_decay, beta = (x.to(dtype) for x in (q, k, v, log_decay, beta))
+        if one_token:
+            y, state = _delta_step(q, k, v, log_decay, beta, state)
         else:
-            y, state = _delta_chunks(q_, k_, v_, g_, beta_, state, cu_seqlens)
-    return y.to(narrow), state if output_final_state else None
+            y, state = _delta_chunks(q, k, v, log_decay, beta, state, cu_seqlens)
+    return y.to(narrow), state
 
 
 def gated_linear_scan(
@@ -91,10 +91,9 @@ def gated_linear_scan(
     log_decay: Tensor,
     *,
     initial_state: Tensor | None = None,
-    output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """Linear attention that forgets: the state-space duality of Mamba-2, with C as q, B as k and dt ⊙ x as v.
 
     For each sequence and head, with a state S of K rows and V columns::
@@ -107,38 +106,39 @@ def gated_linear_scan(
         k: Keys ``[B, T, G, K]``; head h of H reads query and key ``h // (H / G)``.
         v: Values ``[B, T, H, V]``.
         log_decay: g ``[B, T, H]``, at most 0.
-        initial_state: As in ``gated_delta_scan``; so are output_final_state, cu_seqlens, backend and the results.
-        output_final_state: See initial_state.
+        initial_state: As in ``gated_delta_scan``; so are cu_seqlens, backend and the results.
         cu_seqlens: See initial_state.
         backend: See initial_state.
 
     Source: Transformers are SSMs (arXiv 2405.21060).
     """
-    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, log_decay))
     narrow = _narrowest(q, k, v)
-    name = _resolve(backend, q, narrow, trained=trained, delta=False)
-    if name == "fla" and q.numel():
-        q, k, v = q.to(narrow), k.to(narrow), v.to(narrow)
-        y, state = fla.gated_linear(q, k, v, log_decay, initial_state, cu_seqlens)
-        return y, state if output_final_state else None
-    with _full_precision(q):
+    one_token = q.shape[1] == 1 and cu_seqlens is None
+    if not one_token and q.numel():
+        trained = _wants_gradient(q, k, v, log_decay, initial_state)
+        if _resolve(backend, q.device, narrow, q.shape[-1], trained=trained, delta=False) == "fla":
+            q, k, v = q.to(narrow), k.to(narrow), v.to(narrow)
+            return fla.gated_linear(q, k, v, log_decay, initial_state, cu_seqlens)
+    with _full_precision(q.device.type):
         dtype = _state_dtype(q)
         state = _first_state(initial_state, q, v.shape[2], v.shape[-1], cu_seqlens)
-        q_, k_, v_, g_ = (x.to(dtype) for x in (q, k, v, log_decay))
-        if q.shape[1] == 1 and cu_seqlens is None:
-            y, state = _linear_step(q_, k_, v_, g_, state)
+        q, k, v, log_decay = (x.to(dtype) for x in (q, k, v, log_decay))
+        if one_token:
+            y, state = _linear_step(q, k, v, log_decay, state)
         else:
-            y, state = _linear_chunks(q_, k_, v_, g_, state, cu_seqlens)
-    return y.to(narrow), state if output_final_state else None
+            y, state = _linear_chunks(q, k, v, log_decay, state, cu_seqlens)
+    return y.to(narrow), state
 
 
-def _resolve(backend: str | None, q: Tensor, dtype: torch.dtype, *, trained: bool, delta: bool) -> str:
+def _resolve(
+    backend: str | None, device: torch.device, dtype: torch.dtype, key_dim: int, *, trained: bool, delta: bool
+) -> str:
     """The backend that runs."""
     if backend not in (None, *_BACKENDS):
         raise ValueError(f"backend must be one of {', '.join(_BACKENDS)} or None, got {backend!r}")
-    if backend == "torch" or (backend is None and q.device.type != "cuda"):
+    if backend == "torch" or (backend is None and device.type != "cuda"):
         return "torch"
-    reason = fla.why_not(q.device, dtype, q.shape[-1], trained=trained, delta=delta)
+    reason = fla.why_not(device, dtype, key_dim, trained=trained, delta=delta)
     if reason is None:
         return "fla"
     if backend == "fla":
@@ -154,15 +154,19 @@ def _warn_fallback(reason: str) -> None:
     )
 
 
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def _narrowest(*tensors: Tensor) -> torch.dtype:
     """The dtype with the fewest bits: what a caller has rounded to 16 bits was meant to be computed in 16 bits."""
-    return min((x.dtype for x in tensors), key=lambda dtype: dtype.itemsize)
+    return sorted((x.dtype for x in tensors), key=lambda dtype: dtype.itemsize)[0]  # torch.compile knows no min
 
 
-def _full_precision(x: Tensor) -> contextlib.AbstractContextManager[None]:
+def _full_precision(device: str) -> contextlib.AbstractContextManager[None]:
     """Without autocast: sums over many tokens are in the state's dtype."""
-    if torch.amp.is_autocast_available(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 
 
@@ -204,8 +208,8 @@ def _delta_chunks(
     A couples a write to those before it in its chunk. Decays multiply each term by what time has left of it. The
     solution u = (1 + A)⁻¹ β v - (1 + A)⁻¹ β K S_0 takes S_0 last, in a product: the rest is for all chunks at once.
     """
-    chunks = _Chunks(q, cu_seqlens)
     writes = k.shape[2]
+    chunks = _Chunks(q, cu_seqlens, writes)
     q_MHCK = chunks.split(q).transpose(1, 2)
     k_MHJK, v_MHJV = (chunks.split(x).permute(0, 3, 1, 2, 4).flatten(2, 3) for x in (k, v))
     beta_MHJ1 = chunks.split(beta).permute(0, 3, 1, 2).flatten(2)[..., None]
@@ -239,7 +243,7 @@ def _linear_chunks(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Whole chunks. The R heads of a group are side by side as columns of one state [K, R V]: their q and k are one."""
-    chunks = _Chunks(q, cu_seqlens)
+    chunks = _Chunks(q, cu_seqlens, 1)
     groups, values = k.shape[2], v.shape[-1]
     q_MGCK, k_MGCK = (chunks.split(x).transpose(1, 2) for x in (q, k))
     v_MGRCV = chunks.split(v).transpose(1, 2).unflatten(1, (groups, -1))
@@ -280,25 +284,31 @@ class _Chunks:
     Sequences with more chunks come first among them, so that those that go on are always the first rows of a state.
     """
 
-    def __init__(self, tokens: Tensor, cu_seqlens: Tensor | None) -> None:
+    def __init__(self, tokens: Tensor, cu_seqlens: Tensor | None, writes: int) -> None:
         batch, steps = tokens.shape[:2]
         self._shape = (batch, steps)
         bounds = [row * steps for row in range(batch + 1)] if cu_seqlens is None else cu_seqlens.tolist()
         lengths = [end - start for start, end in pairwise(bounds)]
-        self._length = max(1, min(CHUNK, max(lengths, default=0)))
-        counts = torch.tensor([-(-length // self._length) for length in lengths], dtype=torch.long)
-        deepest = max([1, *counts.tolist()])
-        order = counts.argsort(descending=True, stable=True)
-        rank = order.argsort()
+        longest = (CPU_CHUNK if tokens.device.type == "cpu" else GPU_CHUNK) // writes
+        self._length = max(1, min(longest, max(lengths, default=0)))
+        counts = [-(-length // self._length) for length in lengths]
+        order = sorted(range(len(counts)), key=lambda n: -counts[n])
+        ended = Counter(counts)
         #: sequences that have a first, second, … chunk
-        self._active = [int((counts > step).sum()) for step in range(deepest)]
-        first = torch.tensor([0, *self._active]).cumsum(0)
-        sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
-        position = torch.arange(batch * steps) - torch.tensor(bounds)[sequence]
-        chunk = first[position // self._length] + rank[sequence]
-        self._slots = (chunk * self._length + position % self._length).to(tokens.device)
-        self._order, self._rank = order.to(tokens.device), rank.to(tokens.device)
-        self._count = int(first[-1])
+        self._active = [len(counts) - n for n in accumulate(ended[step] for step in range(max([1, *counts])))]
+        first = [0, *accumulate(self._active)]
+        self._count = first[-1]
+
+        def vector(numbers: list[int]) -> Tensor:
+            return torch.tensor(numbers, dtype=torch.long, device=tokens.device)
+
+        self._order = vector(order)
+        self._rank = self._order.argsort()
+        row = torch.arange(len(lengths), device=tokens.device)
+        sequence = row.repeat_interleave(vector(lengths), output_size=batch * steps)
+        position = torch.arange(batch * steps, device=tokens.device) - vector(bounds)[sequence]
+        chunk = vector(first)[position // self._length] + self._rank[sequence]
+        self._slots = chunk * self._length + position % self._length
 
     def split(self, x: Tensor) -> Tensor:
         """``[B, T, …]`` to ``[M, C, …]``, zeros where a sequence has ended."""

@@ -12,6 +12,8 @@ OPTIONS = {
     "attention": {"num_heads": 4, "num_kv_heads": 2},
     "gru": {"num_heads": 2, "head_dim": 6},
     "rnn": {"num_heads": 3, "head_dim": 4, "conv_size": None},
+    "gated_deltanet": {"num_heads": 2, "key_dim": 4, "value_dim": 6, "negative_eigenvalues": True},
+    "mamba2": {"num_heads": 4, "state_size": 5},
 }
 MLP_OPTIONS = {
     "swiglu": {"intermediate_size": 24},
@@ -21,6 +23,7 @@ CONFIGS = {
     "m2rnn": {"mixers": ["m2rnn", "m2rnn"]},
     "hybrid": {"mixers": ["m2rnn", "attention", "gru"], "mlps": ["swiglu", "none", "swiglu"]},
     "rnn": {"mixers": ["rnn", "gru"]},
+    "linear": {"mixers": ["gated_deltanet", "mamba2"]},
     "moe": {"mixers": ["m2rnn", "attention"], "mlps": ["moe", "moe"]},
     "rope": {"mixers": ["attention", "attention"], "rope": 100.0},
 }

@@ -36,9 +36,9 @@ def from_pretrained_without_weights(folder: Path) -> M2RNNForCausalLM:
     return M2RNNForCausalLM.from_pretrained(folder)
 
 
-def on_the_meta_device() -> M2RNNForCausalLM:
+def on_the_meta_device(**overrides) -> M2RNNForCausalLM:
     with torch.device("meta"):
-        model = M2RNNForCausalLM(wide_config())
+        model = M2RNNForCausalLM(wide_config(**overrides))
     model.to_empty(device="cpu")
     for module in model.modules():  # what the meta-device construction marked as done
         module._is_hf_initialized = False
@@ -172,6 +172,30 @@ def test_weight_decay_spares_the_gate_and_the_residual() -> None:
     assert names == {f"{mixer}.D", f"{mixer}.decay_gate.A_log", f"{mixer}.decay_gate.dt_bias", gru}
     options = {"m2rnn": {"num_heads": 2, "residual": False}}
     assert not any(name.endswith(".D") for name in make("m2rnn", mixer_options=options).no_weight_decay())
+
+
+def test_weight_decay_spares_what_other_recurrences_forget_by() -> None:
+    gated_deltanet, mamba2 = "model.layers.0.mixer", "model.layers.1.mixer"
+    gates = {f"{mixer}.decay_gate.{name}" for mixer in (gated_deltanet, mamba2) for name in ("A_log", "dt_bias")}
+    assert make("linear").no_weight_decay() == gates | {f"{mamba2}.D", f"{mamba2}.conv.bias"}
+
+
+@pytest.mark.parametrize("construction", ["constructor", "meta"])
+def test_start_of_the_linear_recurrences(construction: str) -> None:
+    options = {"gated_deltanet": {"num_heads": 400, "key_dim": 2, "value_dim": 2}, "mamba2": {"num_heads": 256}}
+    fields = {"mixers": ["gated_deltanet", "mamba2"], "mixer_options": options}
+    model = M2RNNForCausalLM(wide_config(**fields)) if construction == "constructor" else on_the_meta_device(**fields)
+    gated_deltanet, mamba2 = (block.mixer for block in model.model.layers)
+    for mixer in (gated_deltanet, mamba2):
+        A, dt = mixer.decay_gate.A_log.exp(), F.softplus(mixer.decay_gate.dt_bias)
+        assert A.mean().item() == pytest.approx(8, rel=0.15)
+        assert dt.log().mean().item() == pytest.approx(math.log(1e-2), rel=0.08)
+        assert mixer.in_proj.weight.std().item() == pytest.approx(0.05, rel=0.03)
+        assert mixer.out_proj.weight.std().item() == pytest.approx(0.05 / 2, rel=0.03)
+        assert 0.49 < mixer.conv.weight.abs().max() <= 0.5
+        assert (mixer.norm.weight == 1).all()
+    assert (mamba2.D == 1).all()
+    assert (mamba2.conv.bias == 0).all()
 
 
 def test_config_file_is_plain_json(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_functional_call_gives_the_same_gradients(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of dynamo's own
 def test_model_compiles_without_graph_breaks() -> None:
-    model = make("m2rnn", mixers=["m2rnn", "attention", "gru", "rnn"]).train()
+    model = make("m2rnn", mixers=["m2rnn", "attention", "gru", "rnn", "gated_deltanet", "mamba2"]).train()
     ids = torch.randint(VOCAB, (2, 5))
     expected = gradients(model, ids)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
