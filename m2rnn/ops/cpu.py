@@ -26,7 +26,7 @@ from m2rnn.ops.shapes import chunk_length, head_count, output_dtype, saved_state
 UNITS = 64  # pieces to cut the work into: enough for any laptop, and a fixed number keeps the bits the same
 CALLS_PER_THREAD = 4  # so that a thread that is late leaves work for the others
 
-_DTYPE_CODES = {
+DTYPE_CODES = {
     torch.float32: layout.FLOAT32,
     torch.float64: layout.FLOAT64,
     torch.bfloat16: layout.BFLOAT16,
@@ -102,20 +102,34 @@ def _run(
     *arrays: Tensor | None,
     clip: tuple[float, ...] = (),
 ) -> None:
-    """Call a kernel on ranges of the plan's units, with scratch memory for each thread, until all of them are done."""
-    call = kernel(name, 8 * plan.dtype.itemsize)
-    tables = [_address(x) for x in (plan.units, tensors, plan.sequences, sizes)]
-    others = [*(_address(x) for x in arrays), *clip]
     scratch = layout.scratch_size(plan.chunk, plan.rows, plan.width, backward=name == "backward")
-    scratch += layout.VECTOR_BYTES // plan.dtype.itemsize
-    count = len(plan.units)
+    run_units(name, plan.dtype, scratch, plan.units, tensors, plan.sequences, sizes, *arrays, clip=clip)
+
+
+def run_units(
+    name: str,
+    dtype: torch.dtype,
+    scratch: int,
+    units: np.ndarray,
+    tensors: np.ndarray,
+    sequences: np.ndarray,
+    sizes: np.ndarray,
+    *arrays: Tensor | None,
+    clip: tuple[float, ...] = (),
+) -> None:
+    """Call a kernel on ranges of the units, with scratch memory for each thread, until all of them are done."""
+    call = kernel(name, 8 * dtype.itemsize)
+    tables = [_address(x) for x in (units, tensors, sequences, sizes)]
+    others = [*(_address(x) for x in arrays), *clip]
+    scratch += layout.VECTOR_BYTES // dtype.itemsize
+    count = len(units)
     threads = min(torch.get_num_threads(), count)
     calls = min(count, CALLS_PER_THREAD * threads) if threads > 1 else threads
     ranges = iter([(i * count // calls, (i + 1) * count // calls) for i in range(calls)])
 
     def work() -> None:
-        memory = torch.empty(scratch, dtype=plan.dtype)
-        aligned = _round_up(memory.data_ptr(), layout.VECTOR_BYTES)  # vectors that straddle two lines cost twice
+        memory = torch.empty(scratch, dtype=dtype)
+        aligned = round_up(memory.data_ptr(), layout.VECTOR_BYTES)  # vectors that straddle two lines cost twice
         for first, last in ranges:  # next() of a list's iterator is atomic, so each range goes to one thread
             call(first, last, *tables, aligned, *others)
 
@@ -125,7 +139,7 @@ def _run(
         work()
 
 
-def _round_up(x: int, multiple: int) -> int:
+def round_up(x: int, multiple: int) -> int:
     return -(-x // multiple) * multiple
 
 
@@ -150,7 +164,7 @@ class _Plan:
     @cached_property
     def width(self) -> int:
         """V, padded to whole vectors."""
-        return _round_up(self.value_dim, layout.VECTOR_BYTES // self.dtype.itemsize)
+        return round_up(self.value_dim, layout.VECTOR_BYTES // self.dtype.itemsize)
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -180,7 +194,7 @@ class _Plan:
     def rows(self) -> int:
         """Rows of the largest unit, padded."""
         count = int((self.units[:, layout.LAST_ROW] - self.units[:, layout.FIRST_ROW]).max(initial=0))
-        return _round_up(count, layout.ROWS)
+        return round_up(count, layout.ROWS)
 
     def describe(self, x: Tensor, *, by_row: bool = False, slots: tuple[int, int] | None = None) -> list[int]:
         """The kernels' row for a tensor [B, T, heads] or [B, T, heads, channels]; with slots, as first dimension."""
@@ -192,7 +206,7 @@ class _Plan:
             strides.append(0)
             channels = padded = 1
         repeat = self.heads // x.shape[2 if slots is None else 3]
-        code = _DTYPE_CODES[x.dtype]
+        code = DTYPE_CODES[x.dtype]
         add = slots is not None and self.adds(repeat)
         return [
             x.data_ptr(), code, *strides, repeat, int(by_row), channels, padded, int(add), *(slots or (1, 1)),
@@ -262,7 +276,7 @@ def _cut(
         head_groups = max(g for g in _divisors(heads) if g <= min(head_groups, most))
     row_blocks = -(-UNITS // max(count * head_groups, 1))
     row_blocks = max(1, min(row_blocks, key_dim // chunk, key_dim // layout.ROWS))
-    rows = _round_up(-(-key_dim // row_blocks), layout.ROWS)
+    rows = round_up(-(-key_dim // row_blocks), layout.ROWS)
     row_blocks = -(-key_dim // rows)
 
     ranges = min(count, -(-UNITS // (head_groups * row_blocks)))
@@ -367,7 +381,7 @@ def backward(
 
 def tanh(x: np.ndarray) -> np.ndarray:
     """The kernels' own tanh of each element of a float32 or float64 array."""
-    padded = np.zeros(_round_up(x.size, layout.VECTOR_BYTES // x.itemsize), x.dtype)
+    padded = np.zeros(round_up(x.size, layout.VECTOR_BYTES // x.itemsize), x.dtype)
     padded[: x.size] = x.ravel()
     out = np.empty_like(padded)
     kernel("apply_tanh", 8 * x.itemsize)(_address(padded), _address(out), padded.size)

@@ -7,6 +7,7 @@ LLVM, which numba brings along, loads an object file by itself.
 import contextlib
 import ctypes
 import hashlib
+import importlib
 import importlib.metadata
 import os
 import uuid
@@ -18,16 +19,19 @@ from typing import Any
 
 import llvmlite.binding as llvm
 
-from m2rnn.ops.cpu_layout import ARGUMENTS
+from m2rnn.ops.cpu_layout import KERNELS
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("cpu_code.py", "cpu_kernels.py", "cpu_layout.py", "simd.py")]
+_SOURCES = [
+    Path(__file__).with_name(name)
+    for name in ("cpu_code.py", "cpu_kernels.py", "cpu_layout.py", "rnn_kernels.py", "simd.py")
+]
 _CTYPES = {"n": ctypes.c_int64, "t": ctypes.c_void_p, "x": ctypes.c_void_p, "d": ctypes.c_double}
 _DIGEST_BYTES = 32
 
 
 @lru_cache
 def kernel(name: str, bits: int) -> Callable[..., None]:
-    """A function of ``cpu_kernels.py`` for a state of float32 or float64 numbers; arrays are passed as addresses."""
+    """One of ``KERNELS`` for a state of float32 or float64 numbers; arrays are passed as addresses."""
     path = _cache_path(name, bits)
     code = _read(path)
     if code is None:
@@ -37,7 +41,7 @@ def kernel(name: str, bits: int) -> Callable[..., None]:
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     # numba's calling convention: where to put the result and an exception, then the arguments; it returns a status
-    signature = [ctypes.c_void_p, ctypes.c_void_p, *(_CTYPES[kind] for kind in ARGUMENTS[name])]
+    signature = [ctypes.c_void_p, ctypes.c_void_p, *(_CTYPES[kind] for kind in KERNELS[name][1])]
     function = ctypes.CFUNCTYPE(ctypes.c_int32, *signature)(engine.get_function_address("kernel"))
     result, exception = ctypes.c_void_p(), ctypes.c_void_p()
     places = ctypes.addressof(result), ctypes.addressof(exception)
@@ -69,7 +73,8 @@ def _compile(name: str, bits: int) -> bytes:
     """The object file of a kernel, which calls nothing but C's own library."""
     from m2rnn.ops.cpu_kernels import compile_kernel
 
-    text, function = compile_kernel(name, bits)
+    source, arguments = KERNELS[name]
+    text, function = compile_kernel(getattr(importlib.import_module(f"m2rnn.ops.{source}"), name), arguments, bits)
     module = llvm.parse_assembly(text)
     module.get_function(function).name = "kernel"
     for other in module.functions:  # numba's wrappers for Python go

@@ -19,21 +19,21 @@ from m2rnn.ops.cpu_layout import ROWS
 from m2rnn.ops.simd import element, exists, fma, fnma, lanes_of, load, offset, put, store, tanh, total, zeros_like
 
 
-def _inline(function: Any) -> Any:
+def inline(function: Any) -> Any:
     return njit(nogil=True, error_model="numpy", forceinline=True)(function)
 
 
-def _call(function: Any) -> Any:
+def outlined(function: Any) -> Any:
     """Not inlined: compiled once, which halves the time of a first call."""
     return njit(nogil=True, error_model="numpy")(function)
 
 
-@_inline
-def _row(tensors, index):
+@inline
+def table_row(tensors, index):
     return offset(tensors, index * layout.TENSOR_COLUMNS)
 
 
-@_inline
+@inline
 def _place(tensor, unit):
     """(first channel, channels, padded channels, bytes an element) of a tensor's part that belongs to a unit."""
     first, count, width = 0, tensor[layout.CHANNELS], tensor[layout.PADDED]
@@ -44,8 +44,8 @@ def _place(tensor, unit):
     return first, count, width, 4 if dtype == layout.FLOAT32 else 8 if dtype == layout.FLOAT64 else 2
 
 
-@_call
-def _stage(out, tensor, unit, batch, start, steps, head):
+@outlined
+def stage(out, tensor, unit, batch, start, steps, head):
     """Copy ``steps`` time steps of one head into ``out``, converted and padded with zeros."""
     first, count, width, size = _place(tensor, unit)
     dtype, stride, step = tensor[layout.DTYPE], size * tensor[layout.CHANNEL], size * tensor[layout.TIME]
@@ -81,9 +81,9 @@ def _stage(out, tensor, unit, batch, start, steps, head):
             put(out, at + i, 0.0)
 
 
-@_call
-def _unstage(array, tensor, unit, batch, start, steps, head):
-    """Write ``steps`` time steps of one head from ``array``, the inverse of ``_stage``.
+@outlined
+def unstage(array, tensor, unit, batch, start, steps, head):
+    """Write ``steps`` time steps of one head from ``array``, the inverse of ``stage``.
 
     Where several units contribute to an element (units of other rows, or of other heads that share it), each has a
     slot of its own; heads of one unit that share it are added, one after the other. Slots are dense.
@@ -130,12 +130,12 @@ def _unstage(array, tensor, unit, batch, start, steps, head):
                 simd.write_float16(row + i * stride, array, at + i)
 
 
-@_inline
+@inline
 def _state_offset(sizes, n, head, unit):
     return ((n * sizes[layout.HEADS] + head) * sizes[layout.KEY_DIM] + unit[layout.FIRST_ROW]) * sizes[layout.VALUE_DIM]
 
 
-@_call
+@outlined
 def _load_state(out, source, start, unit, sizes):
     """The unit's rows of a state into ``out``, padded; zeros where there is no source."""
     columns, width = sizes[layout.VALUE_DIM], sizes[layout.WIDTH]
@@ -148,7 +148,7 @@ def _load_state(out, source, start, unit, sizes):
                 put(out, r * width + j, element(source, start + r * columns + j))
 
 
-@_call
+@outlined
 def _save_state(out, start, source, unit, sizes):
     """The unit's rows of the padded state ``source`` into ``out``, if there is room."""
     columns, width = sizes[layout.VALUE_DIM], sizes[layout.WIDTH]
@@ -158,8 +158,8 @@ def _save_state(out, start, source, unit, sizes):
                 put(out, start + r * columns + j, element(source, r * width + j))
 
 
-@_inline
-def _product(a, a_start, a_row, a_step, b, b_start, b_step, count, c0, c1, c2, c3):
+@inline
+def product(a, a_start, a_row, a_step, b, b_start, b_step, count, c0, c1, c2, c3):
     """c_m + Σ_n a[a_start + m·a_row + n·a_step] · b[b_start + n·b_step :][: lanes], the accumulators in registers."""
     for n in range(count):
         lanes = load(b, b_start + n * b_step)
@@ -171,27 +171,27 @@ def _product(a, a_start, a_row, a_step, b, b_start, b_step, count, c0, c1, c2, c
     return c0, c1, c2, c3
 
 
-@_inline
-def _store_rows(out, i, width, c0, c1, c2, c3):
+@inline
+def store_rows(out, i, width, c0, c1, c2, c3):
     store(out, i, c0)
     store(out, i + width, c1)
     store(out, i + 2 * width, c2)
     store(out, i + 3 * width, c3)
 
 
-@_inline
+@inline
 def _pre_activation(out, state, weight, k, v, columns, width):
     """out = H W + k vᵀ for one block of rows of H."""
     for p in range(0, width, lanes_of(state)):
         v_p = load(v, p)
-        z0, z1, z2, z3 = _product(
+        z0, z1, z2, z3 = product(
             state, 0, width, 1, weight, p, width, columns,
             element(k, 0) * v_p, element(k, 1) * v_p, element(k, 2) * v_p, element(k, 3) * v_p,
         )  # fmt: skip
-        _store_rows(out, p, width, z0, z1, z2, z3)
+        store_rows(out, p, width, z0, z1, z2, z3)
 
 
-@_inline
+@inline
 def _put_row_totals(out, i, sums):
     step = 2 * lanes_of(sums)
     simd.put_totals(out, i, load(sums, 0), load(sums, step), load(sums, 2 * step), load(sums, 3 * step))
@@ -224,10 +224,10 @@ def forward(first_unit, last_unit, units, tensors, sequences, sizes, scratch, we
                     if first > 0:
                         _save_state(saved, _state_offset(sizes, number, head, unit), state, unit, sizes)
                         number += 1
-                    _stage(q, _row(tensors, layout.Q), unit, batch, at, steps, head)
-                    _stage(k, _row(tensors, layout.K), unit, batch, at, steps, head)
-                    _stage(v, _row(tensors, layout.V), unit, batch, at, steps, head)
-                    _stage(f, _row(tensors, layout.F), unit, batch, at, steps, head)
+                    stage(q, table_row(tensors, layout.Q), unit, batch, at, steps, head)
+                    stage(k, table_row(tensors, layout.K), unit, batch, at, steps, head)
+                    stage(v, table_row(tensors, layout.V), unit, batch, at, steps, head)
+                    stage(f, table_row(tensors, layout.F), unit, batch, at, steps, head)
                     for t in range(steps):
                         keep = element(f, t)
                         for block in range(0, rows, ROWS):
@@ -243,7 +243,7 @@ def forward(first_unit, last_unit, units, tensors, sequences, sizes, scratch, we
                                 store(state, i, h)
                                 y_p = fma(element(q, t * rows + r), h, y_p)
                             store(y, t * width + p, y_p)
-                    _unstage(y, _row(tensors, layout.Y), unit, batch, at, steps, head)
+                    unstage(y, table_row(tensors, layout.Y), unit, batch, at, steps, head)
                 _save_state(final, _state_offset(sizes, n, head, unit), state, unit, sizes)
 
 
@@ -286,11 +286,11 @@ def backward(
                     first = number * chunk
                     steps = chunk if first + chunk <= length else length - first
                     at = start + first
-                    _stage(q, _row(tensors, layout.Q), unit, batch, at, steps, head)
-                    _stage(k, _row(tensors, layout.K), unit, batch, at, steps, head)
-                    _stage(v, _row(tensors, layout.V), unit, batch, at, steps, head)
-                    _stage(f, _row(tensors, layout.F), unit, batch, at, steps, head)
-                    _stage(dy, _row(tensors, layout.Y), unit, batch, at, steps, head)
+                    stage(q, table_row(tensors, layout.Q), unit, batch, at, steps, head)
+                    stage(k, table_row(tensors, layout.K), unit, batch, at, steps, head)
+                    stage(v, table_row(tensors, layout.V), unit, batch, at, steps, head)
+                    stage(f, table_row(tensors, layout.F), unit, batch, at, steps, head)
+                    stage(dy, table_row(tensors, layout.Y), unit, batch, at, steps, head)
                     if number > 0:
                         index = sequence[layout.FIRST_SAVED] + number - 1
                         _load_state(states, saved, _state_offset(sizes, index, head, unit), unit, sizes)
@@ -344,29 +344,29 @@ def backward(
                         for block in range(0, rows, ROWS):
                             c, dx_block = offset(carry, block * width), offset(z, block * width)
                             for p in range(0, width, lanes):
-                                c0, c1, c2, c3 = _product(
+                                c0, c1, c2, c3 = product(
                                     dx_block, 0, width, 1, transposed, p, width, columns,
                                     load(c, p), load(c, p + width), load(c, p + 2 * width), load(c, p + 3 * width),
                                 )  # fmt: skip
-                                _store_rows(c, p, width, c0, c1, c2, c3)
+                                store_rows(c, p, width, c0, c1, c2, c3)
 
                     for i in range(0, width, ROWS):  # dW += Σ H_{t-1}ᵀ dX, a chunk's sum on its own: less rounding
                         for p in range(0, width, lanes):
                             j = i * width + p
                             zero = zeros_like(carry)
-                            w0, w1, w2, w3 = _product(
+                            w0, w1, w2, w3 = product(
                                 states, i, 1, width, updates, p, width, steps * rows, zero, zero, zero, zero
                             )
-                            _store_rows(
+                            store_rows(
                                 d_head_weight, j, width,
                                 load(d_head_weight, j) + w0, load(d_head_weight, j + width) + w1,
                                 load(d_head_weight, j + 2 * width) + w2, load(d_head_weight, j + 3 * width) + w3,
                             )  # fmt: skip
 
-                    _unstage(dq, _row(tensors, layout.DQ), unit, batch, at, steps, head)
-                    _unstage(dk, _row(tensors, layout.DK), unit, batch, at, steps, head)
-                    _unstage(dv, _row(tensors, layout.DV), unit, batch, at, steps, head)
-                    _unstage(df, _row(tensors, layout.DF), unit, batch, at, steps, head)
+                    unstage(dq, table_row(tensors, layout.DQ), unit, batch, at, steps, head)
+                    unstage(dk, table_row(tensors, layout.DK), unit, batch, at, steps, head)
+                    unstage(dv, table_row(tensors, layout.DV), unit, batch, at, steps, head)
+                    unstage(df, table_row(tensors, layout.DF), unit, batch, at, steps, head)
                 _save_state(d_initial, _state_offset(sizes, n, head, unit), carry, unit, sizes)
             place = (u * (unit[layout.LAST_HEAD] - unit[layout.FIRST_HEAD]) + head - unit[layout.FIRST_HEAD]) * area
             for i in range(0, area, lanes):
@@ -379,8 +379,8 @@ def apply_tanh(x, out, size):
         store(out, i, tanh(load(x, i)))
 
 
-def compile_kernel(name: str, bits: int) -> tuple[str, str]:
-    """LLVM's code of one of the functions above for a state of float32 or float64, and the function's name in it.
+def compile_kernel(function: Any, arguments: str, bits: int) -> tuple[str, str]:
+    """LLVM's code of one of ``KERNELS`` for a state of float32 or float64, and the function's name in it.
 
     The function has numba's own calling convention: see ``cpu_code.py``.
     """
@@ -390,7 +390,7 @@ def compile_kernel(name: str, bits: int) -> tuple[str, str]:
         "x": types.CPointer(types.float32 if bits == 32 else types.float64),
         "d": types.float64,
     }
-    arguments = tuple(kinds[kind] for kind in layout.ARGUMENTS[name])
-    kernel = njit(nogil=True, error_model="numpy")(globals()[name])
-    kernel.compile(arguments)
-    return kernel.inspect_llvm(arguments), kernel.overloads[arguments].fndesc.llvm_func_name
+    signature = tuple(kinds[kind] for kind in arguments)
+    kernel = njit(nogil=True, error_model="numpy")(function)
+    kernel.compile(signature)
+    return kernel.inspect_llvm(signature), kernel.overloads[signature].fndesc.llvm_func_name

@@ -23,13 +23,9 @@ from m2rnn.ops.scan import (
 )
 from m2rnn.ops.shapes import promoted_dtype, state_dtype
 
-_BACKENDS = ("reference",)
+_BACKENDS = ("reference", "cpu", "triton")
 TRITON_UNITS = 64  # V at most in the Triton kernels, whose W and gradients of W live in registers; half in float64
-_PREFERRED: dict[str, tuple[str, ...]] = {
-    "cpu": ("reference",),
-    "cuda": ("reference",),
-    "meta": ("reference",),
-}  # by device, the fastest first
+_PREFERRED = {"cpu": ("cpu",), "cuda": ("triton",), "meta": ("reference",)}  # by device, the fastest first
 
 
 def rnn_scan(

@@ -8,7 +8,7 @@ import importlib.util
 import itertools
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -202,7 +202,7 @@ def choose_backend(
     operator: str,
     backend: str | None,
     device: str,
-    preferred: dict[str, tuple[str, ...]],
+    preferred: Mapping[str, tuple[str, ...]],
     why_not: Callable[[str], str | None],
 ) -> str:
     """``backend`` if it can run, else an error; for None the first that can of those ``preferred`` on the device."""

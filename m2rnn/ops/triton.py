@@ -25,14 +25,14 @@ SCRATCH_BYTES = 96 << 20  # for the recomputed states of all programs of a launc
 PARTIAL_BYTES = 128 << 20  # for the partial sums of a launch
 SMALLEST_TILE = 16  # of a matrix product in Triton
 
-_INTERPRETED = bool(triton.knobs.runtime.interpret)
-_NVIDIA = torch.version.hip is None and not _INTERPRETED
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+NVIDIA = torch.version.hip is None and not INTERPRETED
 # Arguments whose values the kernels are not compiled for: else each length, stride and head count compiles anew.
 _GENERAL = (
     *("dy", "q", "k", "v", "f", "weight", "initial", "y", "dq", "dk", "dv", "df", "terms", "out_heads", "channels"),
     *("offsets", "steps", "heads", "key_dim", "value_dim", "first", "begin", "span"),
 )
-_TRITON = {
+TRITON_DTYPES = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -40,7 +40,7 @@ _TRITON = {
 }
 
 
-class _View(NamedTuple):
+class View(NamedTuple):
     """A tensor [batch, step, head, channel] at any strides; ``repeat`` heads of the state read the same one of its.
 
     Triton compiles anew for an integer in a tuple that is 1 or a multiple of 16. So the kernels get 2n + 1 for n; but
@@ -58,7 +58,7 @@ class _View(NamedTuple):
 class _Target(NamedTuple):
     """Where results go: a dense tensor [B, T, H, channels], or partial sums [sequence, step, H, slots, channels].
 
-    Integers as in ``_View``; ``kind`` is 2 for the tensor, 3 for partial sums.
+    Integers as in ``View``; ``kind`` is 2 for the tensor, 3 for partial sums.
     """
 
     data: Tensor
@@ -71,7 +71,7 @@ class _Target(NamedTuple):
 
 
 @triton.jit
-def _tanh(x, APPROXIMATE: tl.constexpr):
+def tanh(x, APPROXIMATE: tl.constexpr):
     if APPROXIMATE:  # one instruction, relative error 2^-11
         y = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
@@ -95,7 +95,7 @@ def _tanh(x, APPROXIMATE: tl.constexpr):
 
 
 @triton.jit
-def _tanh_slope(x, z, APPROXIMATE: tl.constexpr):
+def tanh_slope(x, z, APPROXIMATE: tl.constexpr):
     """1 - z² for z = tanh(x), without its cancellation near 1: (1 - |z|) / (1 + |z|) is exp(-2 |x|)."""
     size = tl.abs(x)
     if APPROXIMATE:  # Triton's own exp spends four more instructions on denormal results
@@ -132,14 +132,14 @@ def _sequence(n, offsets, steps, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _at(x, batch, step, head):
-    """Where a ``_View`` has the channels of a step."""
+def place(x, batch, step, head):
+    """Where a ``View`` has the channels of a step."""
     return x.data + batch * (x.batch >> 1) + step * (x.step >> 1) + head // (x.repeat >> 1) * (x.head >> 1)
 
 
 @triton.jit
-def _load(x, at, step, index, mask, DTYPE: tl.constexpr):
-    """The channels ``index`` of a ``_View``, ``step`` steps after ``at``."""
+def load(x, at, step, index, mask, DTYPE: tl.constexpr):
+    """The channels ``index`` of a ``View``, ``step`` steps after ``at``."""
     return tl.load(at + step * (x.step >> 1) + index * x.channel, mask=mask, other=0.0).to(DTYPE)
 
 
@@ -177,28 +177,28 @@ def _forward_kernel(
     valid = in_rows[:, None] & in_cols[None, :]
     area, tile = key_dim * value_dim, rows[:, None] * value_dim + cols[None, :]
     w_at, in_w = (
-        _at(weight, 0, 0, head) + cols[:, None] * (weight.step >> 1),
+        place(weight, 0, 0, head) + cols[:, None] * (weight.step >> 1),
         (cols < value_dim)[:, None] & in_cols[None, :],
     )
-    w = _load(weight, w_at, 0, cols[None, :], in_w, STATE).to(OPERAND)
+    w = load(weight, w_at, 0, cols[None, :], in_w, STATE).to(OPERAND)
     state_at = state + ((first + index) * heads + head) * area + tile
     h = tl.load(state_at, mask=valid, other=0.0)
 
-    q_at, k_at = _at(q, batch, token, head), _at(k, batch, token, head)
-    v_at, f_at = _at(v, batch, token, head), _at(f, batch, token, head)
+    q_at, k_at = place(q, batch, token, head), place(k, batch, token, head)
+    v_at, f_at = place(v, batch, token, head), place(f, batch, token, head)
     y_at = _into(y, batch * steps + token, index * span, head, heads, block) + cols
     y_step = _stride(y, heads)
-    next_q, next_k = _load(q, q_at, 0, rows, in_rows, STATE), _load(k, k_at, 0, rows, in_rows, STATE)
-    next_v, next_f = _load(v, v_at, 0, cols, in_cols, STATE), tl.load(f_at).to(STATE)
+    next_q, next_k = load(q, q_at, 0, rows, in_rows, STATE), load(k, k_at, 0, rows, in_rows, STATE)
+    next_v, next_f = load(v, v_at, 0, cols, in_cols, STATE), tl.load(f_at).to(STATE)
     for i in range(last + 1):
         if saved is not None and ((begin + i) % CHUNK == 0) & (begin + i > 0):
             chunk = saved_first + (begin + i) // CHUNK - 1
             tl.store(saved + (chunk * heads + head) * area + tile, h, mask=valid)
         q_t, k_t, v_t, f_t = next_q, next_k, next_v, next_f
         j = tl.minimum(i + 1, last)  # loaded while this step is computed
-        next_q, next_k = _load(q, q_at, j, rows, in_rows, STATE), _load(k, k_at, j, rows, in_rows, STATE)
-        next_v, next_f = _load(v, v_at, j, cols, in_cols, STATE), tl.load(f_at + j * (f.step >> 1)).to(STATE)
-        z = _tanh(_preactivation(h, w, k_t, v_t, valid, PADDED, OPERAND), APPROXIMATE)
+        next_q, next_k = load(q, q_at, j, rows, in_rows, STATE), load(k, k_at, j, rows, in_rows, STATE)
+        next_v, next_f = load(v, v_at, j, cols, in_cols, STATE), tl.load(f_at + j * (f.step >> 1)).to(STATE)
+        z = tanh(_preactivation(h, w, k_t, v_t, valid, PADDED, OPERAND), APPROXIMATE)
         h = f_t * h + (1 - f_t) * z
         tl.store(y_at + i * y_step, tl.sum(q_t[:, None] * h, 0), mask=in_cols)
     tl.store(state_at, h, mask=valid)
@@ -226,12 +226,12 @@ def _backward_kernel(
     valid = in_rows[:, None] & in_cols[None, :]
     area, tile = key_dim * value_dim, rows[:, None] * value_dim + cols[None, :]
     w_at, in_w = (
-        _at(weight, 0, 0, head) + cols[:, None] * (weight.step >> 1),
+        place(weight, 0, 0, head) + cols[:, None] * (weight.step >> 1),
         (cols < value_dim)[:, None] & in_cols[None, :],
     )
-    w = _load(weight, w_at, 0, cols[None, :], in_w, STATE).to(OPERAND)
-    wt_at = _at(weight, 0, 0, head) + cols[None, :] * (weight.step >> 1)
-    w_transposed = _load(weight, wt_at, 0, cols[:, None], in_w, STATE).to(GRADIENT)
+    w = load(weight, w_at, 0, cols[None, :], in_w, STATE).to(OPERAND)
+    wt_at = place(weight, 0, 0, head) + cols[None, :] * (weight.step >> 1)
+    w_transposed = load(weight, wt_at, 0, cols[:, None], in_w, STATE).to(GRADIENT)
     limit = tl.load(clip)
 
     state_at = d_state + ((first + index) * heads + head) * area + tile
@@ -244,9 +244,9 @@ def _backward_kernel(
     for reverse in range(chunks):
         skip = begin + (chunks - 1 - reverse) * CHUNK
         last, token = tl.minimum(length - skip, CHUNK) - 1, start + skip
-        q_at, k_at = _at(q, batch, token, head), _at(k, batch, token, head)
-        v_at, f_at = _at(v, batch, token, head), _at(f, batch, token, head)
-        dy_at = _at(dy, batch, token, head)
+        q_at, k_at = place(q, batch, token, head), place(k, batch, token, head)
+        v_at, f_at = place(v, batch, token, head), place(f, batch, token, head)
+        dy_at = place(dy, batch, token, head)
         row, partial_row = batch * steps + token, index * span + skip - begin
         dq_at = _into(dq, row, partial_row, head, heads, block) + rows
         dk_at = _into(dk, row, partial_row, head, heads, block) + rows
@@ -255,41 +255,41 @@ def _backward_kernel(
 
         # Forward through the chunk again, keeping its states. They may be rounded: so dq, which needs them, comes here.
         if skip == 0:
-            h_at = _at(initial, first + index, 0, head) + rows[:, None] * (initial.step >> 1)
-            h = _load(initial, h_at, 0, cols[None, :], valid, STATE)
+            h_at = place(initial, first + index, 0, head) + rows[:, None] * (initial.step >> 1)
+            h = load(initial, h_at, 0, cols[None, :], valid, STATE)
         else:
             chunk = saved_first + skip // CHUNK - 1
             h = tl.load(saved + (chunk * heads + head) * area + tile, mask=valid, other=0.0)
-        next_k, next_v = _load(k, k_at, 0, rows, in_rows, STATE), _load(v, v_at, 0, cols, in_cols, STATE)
-        next_f, next_dy = tl.load(f_at).to(STATE), _load(dy, dy_at, 0, cols, in_cols, STATE)
+        next_k, next_v = load(k, k_at, 0, rows, in_rows, STATE), load(v, v_at, 0, cols, in_cols, STATE)
+        next_f, next_dy = tl.load(f_at).to(STATE), load(dy, dy_at, 0, cols, in_cols, STATE)
         for i in range(last + 1):
             tl.store(scratch_at + i * (R * V), h.to(OPERAND))
             k_t, v_t, f_t, dy_t = next_k, next_v, next_f, next_dy
             j = tl.minimum(i + 1, last)
-            next_k, next_v = _load(k, k_at, j, rows, in_rows, STATE), _load(v, v_at, j, cols, in_cols, STATE)
-            next_f, next_dy = tl.load(f_at + j * (f.step >> 1)).to(STATE), _load(dy, dy_at, j, cols, in_cols, STATE)
-            z = _tanh(_preactivation(h, w, k_t, v_t, valid, PADDED, OPERAND), APPROXIMATE)
+            next_k, next_v = load(k, k_at, j, rows, in_rows, STATE), load(v, v_at, j, cols, in_cols, STATE)
+            next_f, next_dy = tl.load(f_at + j * (f.step >> 1)).to(STATE), load(dy, dy_at, j, cols, in_cols, STATE)
+            z = tanh(_preactivation(h, w, k_t, v_t, valid, PADDED, OPERAND), APPROXIMATE)
             h = f_t * h + (1 - f_t) * z
             tl.store(dq_at + i * row_step, tl.sum(h * dy_t[None, :], 1), mask=in_rows)
         tl.debug_barrier()  # the program's other threads read what these wrote
 
-        next_q, next_k = _load(q, q_at, last, rows, in_rows, STATE), _load(k, k_at, last, rows, in_rows, STATE)
-        next_v, next_dy = _load(v, v_at, last, cols, in_cols, STATE), _load(dy, dy_at, last, cols, in_cols, STATE)
+        next_q, next_k = load(q, q_at, last, rows, in_rows, STATE), load(k, k_at, last, rows, in_rows, STATE)
+        next_v, next_dy = load(v, v_at, last, cols, in_cols, STATE), load(dy, dy_at, last, cols, in_cols, STATE)
         next_f, next_h = tl.load(f_at + last * (f.step >> 1)).to(STATE), tl.load(scratch_at + last * (R * V))
         for step in range(last + 1):
             i = last - step
             q_t, k_t, v_t, dy_t, f_t, h_t = next_q, next_k, next_v, next_dy, next_f, next_h
             j = tl.maximum(i - 1, 0)
-            next_q, next_k = _load(q, q_at, j, rows, in_rows, STATE), _load(k, k_at, j, rows, in_rows, STATE)
-            next_v, next_dy = _load(v, v_at, j, cols, in_cols, STATE), _load(dy, dy_at, j, cols, in_cols, STATE)
+            next_q, next_k = load(q, q_at, j, rows, in_rows, STATE), load(k, k_at, j, rows, in_rows, STATE)
+            next_v, next_dy = load(v, v_at, j, cols, in_cols, STATE), load(dy, dy_at, j, cols, in_cols, STATE)
             next_f, next_h = tl.load(f_at + j * (f.step >> 1)).to(STATE), tl.load(scratch_at + j * (R * V))
 
             h = h_t.to(STATE)  # H_{t-1}
             x = _preactivation(h, w, k_t, v_t, valid, PADDED, OPERAND)
-            z = _tanh(x, APPROXIMATE)
+            z = tanh(x, APPROXIMATE)
             carry = tl.clamp(carry, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
             g = q_t[:, None] * dy_t[None, :] + carry
-            dx = (1 - f_t) * g * _tanh_slope(x, z, APPROXIMATE)
+            dx = (1 - f_t) * g * tanh_slope(x, z, APPROXIMATE)
             operand = dx.to(GRADIENT)
             carry = tl.dot(operand, w_transposed, f_t * g, input_precision=PRECISION, out_dtype=STATE)
             dw = tl.dot(tl.trans(h_t.to(GRADIENT)), operand, dw, input_precision=PRECISION, out_dtype=STATE)
@@ -350,7 +350,7 @@ class _Problem:
             self.warps = self.backward_warps = 4 if self.width < 64 else 8
 
         operand = self.output_dtype if half else self.dtype
-        if _INTERPRETED and operand == torch.bfloat16:
+        if INTERPRETED and operand == torch.bfloat16:
             operand = torch.float32  # the interpreter has no matrix product in bfloat16
         self.operand = operand
         self.options = {
@@ -358,23 +358,23 @@ class _Problem:
             "R": self.rows,
             "V": self.width,
             "PADDED": self.key_dim % self.rows > 0 or self.value_dim < self.width,
-            "STATE": _TRITON[self.dtype],
-            "OPERAND": _TRITON[operand],
-            "APPROXIMATE": half and _NVIDIA,
+            "STATE": TRITON_DTYPES[self.dtype],
+            "OPERAND": TRITON_DTYPES[operand],
+            "APPROXIMATE": half and NVIDIA,
             "num_stages": 1,
         }
         # float16 has not the range of gradients: there the products are in TF32, as precise and as wide as float32
         narrow = operand == torch.float16
         self.backward_options = {
             **self.options,
-            "GRADIENT": tl.float32 if narrow else _TRITON[operand],
-            "PRECISION": "tf32" if narrow and _NVIDIA else "ieee",
+            "GRADIENT": tl.float32 if narrow else TRITON_DTYPES[operand],
+            "PRECISION": "tf32" if narrow and NVIDIA else "ieee",
         }
 
-    def view(self, x: Tensor) -> _View:
+    def view(self, x: Tensor) -> View:
         batch, step, head, channel = (*x.stride(), 0)[:4]
         repeat = self.heads // x.shape[2]
-        return _View(x, 2 * batch + 1, 2 * step + 1, 2 * head + 1, 2 * repeat + 1, channel)
+        return View(x, 2 * batch + 1, 2 * step + 1, 2 * head + 1, 2 * repeat + 1, channel)
 
     def new_state(self, value: Tensor | None, like: Tensor) -> Tensor:
         """A dense copy of a state, or zeros."""
@@ -446,7 +446,7 @@ def _is_capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
@@ -467,7 +467,7 @@ def forward(
     count = saved_states(q.shape[0], q.shape[1], cu_seqlens is not None, TRITON_CHUNK) if save else 0
     saved = (state.new_empty if cu_seqlens is None else state.new_zeros)((count, *state.shape[1:]))  # some are not used
     y = _Output(problem, q, (*q.shape[:2], problem.heads, v.shape[3]), problem.output_dtype, problem.blocks)
-    with _on_device_of(q):
+    with on_device_of(q):
         for programs, *part in problem.launches(problem.sequences, [y]):
             _forward_kernel[(programs,)](
                 *problem.inputs, y.target, state, saved if save else None, *problem.sizes, *part,
@@ -503,7 +503,7 @@ def backward(
     most = min(max(SCRATCH_BYTES // bytes_a_sequence, 1), problem.sequences)
     scratch = q.new_empty((most * heads * blocks, *scratch_shape), dtype=problem.operand)
     d_weight = d_state.new_zeros((most, weight.shape[0], heads // weight.shape[0] * blocks, *weight.shape[1:]))
-    with _on_device_of(q):
+    with on_device_of(q):
         for programs, *part in problem.launches(most, [dq, dk, dv, df], backward=True):
             _backward_kernel[(programs,)](
                 problem.view(dy), *problem.inputs, problem.view(initial.transpose(1, 2)), saved, clip, scratch,
