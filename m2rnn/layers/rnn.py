@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2rnn.layers.initialize import initialize
-from m2rnn.layers.m2rnn import M2RNNState, StaticM2RNNState
+from m2rnn.layers.m2rnn import M2RNNState, next_state
 from m2rnn.layers.packing import Packing
 from m2rnn.layers.projection import OutputProjection
 from m2rnn.layers.short_conv import ShortConv, check_activation
@@ -117,10 +117,8 @@ class RNN(nn.Module):
             y = y * F.silu(others[-1])
         if self.norm is not None:
             y = self.norm(y.to(self.norm.weight.dtype))  # autocast leaves it to us
-        final_state = M2RNNState(recurrent, conv_state)
-        if isinstance(state, StaticM2RNNState) and packing is None and x.shape[1] == 1 and not torch.is_grad_enabled():
-            final_state = state.update(final_state)
-        return self.out_proj(y), final_state if output_state else None
+        final_state = next_state(state, recurrent, conv_state, hidden, packing) if output_state else None
+        return self.out_proj(y), final_state
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}"
