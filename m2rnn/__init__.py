@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from m2rnn.convert import load_swapped, swap, swapped_parameters
     from m2rnn.layers import M2RNN
     from m2rnn.models import M2RNNConfig, M2RNNForCausalLM, M2RNNModel, presets
     from m2rnn.ops import available_backends, m2rnn_scan, m2rnn_step
@@ -18,6 +19,7 @@ _MODULES = {
     "m2rnn.ops": ("available_backends", "m2rnn_scan", "m2rnn_step"),
     "m2rnn.layers": ("M2RNN",),
     "m2rnn.models": ("M2RNNConfig", "M2RNNForCausalLM", "M2RNNModel", "presets"),
+    "m2rnn.convert": ("load_swapped", "swap", "swapped_parameters"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -27,9 +29,12 @@ __all__ = [
     "M2RNNForCausalLM",
     "M2RNNModel",
     "available_backends",
+    "load_swapped",
     "m2rnn_scan",
     "m2rnn_step",
     "presets",
+    "swap",
+    "swapped_parameters",
 ]
 
 

@@ -1,0 +1,149 @@
+"""``m2rnn.swap``: M2RNN layers in the place of mixers of somebody else's model."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from m2rnn.convert.families import (
+    ATTENTION,
+    SwappedMixer,
+    mixer_of,
+    put_mixer,
+    text_config_of,
+)
+from m2rnn.convert.fitting import fit
+from m2rnn.convert.takeover import options_like, take_over
+from m2rnn.layers import M2RNN
+from m2rnn.training.display import Display
+
+RECORD = "m2rnn_swap"  # in config.json: the options of each swapped layer, by its number
+
+
+def swap(
+    model: PreTrainedModel,
+    layers: Sequence[int],
+    *,
+    calibration: Iterable[Tensor | Mapping[str, Any]] | None = None,
+    steps: int = 200,
+    display: Display | None = None,
+    **options: Any,
+) -> dict[str, nn.Parameter]:
+    """Replace the mixers of some layers of a Hugging Face hybrid by M2RNN layers, in place.
+
+    Families: Qwen3-Next, Qwen3.5 (dense and mixture of experts), Granite-4 hybrid, Bamba, Nemotron-H; recurrent and
+    attention mixers. The new layers keep their state in the model's own cache, for ``generate`` with beams and padding
+    too. config.json records the swap; ``load_swapped`` reads such a model.
+
+    The start: a layer in the place of a recurrent mixer gets its sizes, unless ``options`` name others, and takes
+    over its input projection, convolution and forget gate, with W = 0, where both are nearly the same function (see
+    ``m2rnn.convert.takeover``). Without ``calibration`` the new output projection is zero, so the model begins as
+    itself without the mixer. With it, each new layer is fitted to the mixer that it replaces, on the inputs that this
+    one sees: all of its parameters by ``steps`` steps of AdamW, then the output projection by ridge regression.
+
+    Args:
+        model: changed in place.
+        layers: their numbers, from 0.
+        calibration: batches of typical text, token ids ``[B, T]`` or keyword arguments of the model (with an
+            attention mask); a few thousand tokens or more.
+        steps: of AdamW for each layer, if there is calibration; 0 fits the output projection alone.
+        display: shows progress.
+        **options: arguments of ``M2RNN`` besides ``hidden_size``, for all these layers; ``value_dim`` alone splits
+            the replaced mixer's value heads, by default into heads of 16.
+
+    Returns:
+        The new parameters by their names in ``model.named_parameters()``, such as for a learning rate of their own.
+
+    Raises:
+        ValueError: for a family, a layer or an option that there is not, naming it; nothing is changed then.
+    """
+    config, numbers = text_config_of(model), list(layers)
+    for layer in numbers:
+        if isinstance(mixer_of(model, layer), SwappedMixer):
+            raise ValueError(f"layer {layer} is an M2RNN layer already")
+    if len(set(numbers)) != len(numbers) or not numbers:
+        raise ValueError(f"layers must name each layer once, and at least one, got {numbers}")
+    left = [i for i, kind in enumerate(config.layer_types) if kind == ATTENTION and i not in numbers]
+    if not left:
+        raise ValueError("one attention layer must stay: transformers' cache counts the tokens there")
+    batches = None if calibration is None else [_as_inputs(batch) for batch in calibration]
+    if batches == []:
+        raise ValueError("calibration has no batches")
+    full = {layer: options_like(mixer_of(model, layer), options) for layer in sorted(numbers)}
+    new = {layer: _new_layer(model, layer, full[layer]) for layer in full}
+    for layer, m2rnn in new.items():
+        take_over(mixer_of(model, layer), m2rnn)
+        if batches is not None:
+            fit(model, mixer_of(model, layer), m2rnn, batches, steps, display or Display(), f"layer {layer}")
+        put_mixer(model, layer, SwappedMixer(m2rnn, layer))
+        _record(model.config, layer, full[layer])
+    made = {id(parameter) for m2rnn in new.values() for parameter in m2rnn.parameters()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in made}
+
+
+def swapped_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of all swapped layers, by their names in ``model.named_parameters()``."""
+    inside = {id(p) for module in model.modules() if isinstance(module, SwappedMixer) for p in module.parameters()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in inside}
+
+
+def load_swapped(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """A model that ``swap`` has changed and ``save_pretrained`` has saved.
+
+    Args:
+        path: its folder, or its name on the Hugging Face Hub.
+        **kwargs: of ``from_pretrained``, such as ``dtype`` and ``device_map``. Only safetensors are read, and no code
+            that comes with the model is run.
+
+    Raises:
+        ValueError: if the model records no swap, or is of a class that transformers does not have.
+    """
+    config = AutoConfig.from_pretrained(path)
+    record = getattr(config, RECORD, None)
+    if not record:
+        raise ValueError(f"{path} records no swapped layers (config.json has no {RECORD!r}): use from_pretrained")
+    name = (config.architectures or [""])[0]
+    base = getattr(transformers, name, None)
+    if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
+        raise ValueError(f"{path}: config.json names the architecture {name!r}, which transformers does not have")
+
+    layers: dict[str, dict[str, Any]] = record
+
+    class Swapped(base):  # type: ignore[misc, valid-type]
+        def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            for layer, options in layers.items():
+                put_mixer(self, int(layer), SwappedMixer(_new_layer(self, int(layer), options), int(layer)))
+
+    Swapped.__name__, Swapped.__qualname__, Swapped.__module__ = base.__name__, base.__qualname__, base.__module__
+    model: PreTrainedModel = Swapped.from_pretrained(path, use_safetensors=True, **kwargs)
+    model.__class__ = base
+    return model
+
+
+def _as_inputs(batch: Tensor | Mapping[str, Any]) -> dict[str, Any]:
+    return {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+
+
+def _new_layer(model: PreTrainedModel, layer: int, options: Mapping[str, Any]) -> M2RNN:
+    """An M2RNN layer with weights that start as the model's own do, and a zero output projection."""
+    config = text_config_of(model)
+    device = next(mixer_of(model, layer).parameters()).device
+    try:
+        with device:
+            m2rnn = M2RNN(config.hidden_size, **options)
+    except TypeError as error:
+        raise ValueError(f"{error}: options are those of m2rnn.M2RNN") from error
+    m2rnn.to(model.dtype)  # the old mixer may be quantised
+    with torch.no_grad():
+        m2rnn.in_proj.weight.normal_(0, config.initializer_range)
+        m2rnn.out_proj.weight.zero_()
+    return m2rnn.train(model.training)
+
+
+def _record(config: PreTrainedConfig, layer: int, options: Mapping[str, Any]) -> None:
+    setattr(config, RECORD, {**(getattr(config, RECORD, None) or {}), str(layer): dict(options)})
