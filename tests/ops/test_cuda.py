@@ -1,6 +1,7 @@
 """What the CUDA backend needs no GPU for: its sources compile for every architecture it names, and its choices."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,14 +15,17 @@ try:
 except Exception as error:
     pytest.skip(f"NVRTC does not load: {error}", allow_module_level=True)
 
-BFLOAT16 = launch._Variant(value_dim=16, tiles=2, warps=2, slots=1, dtype=torch.bfloat16, parts=1, clip=True)
-FLOAT16 = launch._Variant(value_dim=8, tiles=1, warps=1, slots=2, dtype=torch.float16, parts=2)
-FLOAT32 = launch._Variant(value_dim=8, tiles=1, warps=1, slots=1, dtype=torch.float32, parts=3, clip=True)
+BFLOAT16 = launch._Variant(value_dim=16, warps=4, slots=1, dtype=torch.bfloat16, parts=1, clip=True)
+AHEAD = replace(BFLOAT16, ahead=True, clip=False)
+FLOAT16 = launch._Variant(value_dim=8, warps=1, slots=2, dtype=torch.float16, parts=2)
+FLOAT32 = launch._Variant(value_dim=8, warps=1, slots=1, dtype=torch.float32, parts=3, clip=True)
 
 
 @pytest.mark.parametrize("source", ["forward", "backward"])
 @pytest.mark.parametrize(
-    ("variant", "capability"), [(BFLOAT16, (8, 0)), (FLOAT16, (9, 0)), (FLOAT32, (12, 0))], ids=["8.0", "9.0", "12.0"]
+    ("variant", "capability"),
+    [(BFLOAT16, (8, 0)), (AHEAD, (9, 0)), (FLOAT16, (9, 0)), (FLOAT32, (12, 0))],
+    ids=["8.0", "9.0-ahead", "9.0", "12.0"],
 )
 def test_kernels_compile(
     source: str, variant: launch._Variant, capability: tuple[int, int], tmp_path, monkeypatch
@@ -51,7 +55,7 @@ def test_rows_are_split_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
                 for key_dim in (1, 16, 17, 64, 100, 256, 1000):
 
                     def variant(rows: int, value_dim=value_dim, dtype=dtype, parts=parts) -> launch._Variant:
-                        return launch._Variant(value_dim, 1, -(-rows // 16), 1, dtype, parts)
+                        return launch._Variant(value_dim, -(-rows // 16), 1, dtype, parts)
 
                     if variant(16).shared_bytes("backward") > limit:  # what why_not says
                         assert value_dim == 64
@@ -66,23 +70,6 @@ def test_rows_are_split_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
                         assert needed.threads <= 512
 
 
-@pytest.mark.parametrize("source", ["forward", "backward"])
-def test_two_tiles_a_warp_only_where_they_fit(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three tiles of rows are padded to four, and many heads would have two tiles a warp."""
-    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)
-    for limit, fits in ((227 << 10, False), (1 << 20, True)):
-        monkeypatch.setattr(launch, "_shared_limit", lambda device, limit=limit: limit)
-
-        def variant(tiles: int) -> launch._Variant:
-            return launch._Variant(32, tiles, -(-48 // (16 * tiles)), 1, torch.float32, 3)
-
-        assert variant(1).shared_bytes("backward") <= limit
-        tiles = launch._tiles(source, 1000, variant, torch.device("cuda"))
-        assert tiles == (2 if fits or source == "forward" else 1)
-        assert variant(tiles).shared_bytes(source) <= limit
-        assert launch._tiles(source, 10, variant, torch.device("cuda")) == 1
-
-
 def test_every_source_names_its_macros() -> None:
     """A macro that the launcher does not define would silently be 0 in an #if."""
     names = {name for name, _ in BFLOAT16.macros("forward")}
@@ -91,3 +78,26 @@ def test_every_source_names_its_macros() -> None:
         names |= set(re.findall(r"#define (\w+)", text))
         for condition in re.findall(r"#(?:el)?if (.*)", text):
             assert set(re.findall(r"[A-Z]\w+", condition)) <= names, condition
+
+
+@pytest.mark.parametrize("steps", [1, 31, 128, 4096, 5000])
+@pytest.mark.parametrize("step_bytes", [0, 1, 40_000, 10 << 20])
+def test_windows_fit_and_are_even(steps: int, step_bytes: int) -> None:
+    window = launch._window(steps, step_bytes)
+    fit = max(launch.PARTIAL_BYTES // max(step_bytes, 1), launch.CHUNK)
+    assert 1 <= window <= fit
+    count = -(-steps // window)
+    assert count == 1 or window % launch.CHUNK == 0
+    assert count <= -(-steps // (fit - launch.CHUNK + 1)) + 1
+
+
+def test_states_are_computed_ahead_only_where_all_blocks_run_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else warps that wait would take the place of warps that work."""
+    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launch, "_shared_limit", lambda device: 227 << 10)
+    cuda = torch.device("cuda")
+    assert launch._ahead(84, BFLOAT16, cuda).ahead
+    assert launch._ahead(2 * 132, BFLOAT16, cuda).ahead
+    assert not launch._ahead(2 * 132 + 1, BFLOAT16, cuda).ahead
+    assert not launch._ahead(132, replace(BFLOAT16, slots=4), cuda).ahead
+    assert not launch._ahead(132, replace(BFLOAT16, value_dim=64), cuda).ahead  # needs too much shared memory

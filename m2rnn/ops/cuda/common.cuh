@@ -1,6 +1,6 @@
 // What both passes share: types, fragments of the tensor cores' operands, and the staging of inputs in shared memory.
 //
-// The macros V (value channels), TILES (of 16 state rows, a warp), WARPS (a head), SLOTS (heads a block), CHUNK (steps
+// The macros V (value channels), WARPS (a head, 16 state rows each), SLOTS (heads a block), CHUNK (steps
 // between saved states), INPUT (0 bfloat16, 1 float16, 2 float32) and PARTS are the launcher's; f, W and states are float32.
 // Nothing is included, so that NVRTC needs no headers.
 //
@@ -20,7 +20,7 @@ typedef long long i64;
 #define KS ((V + 15) / 16)    // operand tiles of 16 columns across the state
 #define WREGS (V == 8 ? 1 : 2)
 #define AREGS (V == 8 ? 2 : 4)
-#define ROWS (16 * TILES * WARPS)  // rows of the state, padded to whole tiles
+#define ROWS (16 * WARPS)  // rows of the state, padded to whole tiles
 #define THREADS (32 * WARPS * SLOTS)
 #define PAD 8                 // after each row of a staged tile, so that ldmatrix meets no bank conflict
 
@@ -213,74 +213,84 @@ __device__ __forceinline__ void transpose(Transposed& t, const Packed& a) {
 
 // ------------------------------------------------------------------------------------- operands over 8 time steps
 //
-// An outer product of one step's vectors is a product over time of which all steps but one are masked to zero; of the
-// product of one step's matrix with the vectors of all 8 steps, one column is kept. So vectors are loaded once for 8
-// steps, straight in the operands' layouts.
+// An outer product of one step's vectors is a product over 8 steps of which all but one are zero; of the product of one
+// step's matrix with the vectors of all 8, one column is kept. So vectors come straight in the operands' layouts.
 
 __device__ __forceinline__ void ldmatrix2(u32& a, u32& b, u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(a), "=r"(b) : "r"(address));
 }
-__device__ __forceinline__ void ldmatrix2_transposed(u32& a, u32& b, u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];" : "=r"(a), "=r"(b) : "r"(address));
-}
-__device__ __forceinline__ void ldmatrix1_transposed(u32& a, u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(a) : "r"(address));
-}
 __device__ __forceinline__ void ldmatrix1(u32& a, u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(a) : "r"(address));
 }
+__device__ __forceinline__ void ldmatrix2_transposed(u32* x, u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "r"(address));
+}
+__device__ __forceinline__ void ldmatrix4_transposed(u32* x, u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(address));
+}
 
-// 16 state rows × 8 steps (operand A, or B with the steps as columns), of a staged tile [steps][ROWS].
+// 16 state rows × 8 steps, of a staged tile [steps][ROWS]: the operand B of a product over the rows.
 struct RowSteps {
     u32 part[PARTS][2];
 };
-// V columns × 8 steps, of a staged tile [steps][V].
+// V columns × 8 steps, of a staged tile [steps][V]: the operand B of a product over the columns.
 struct ColumnSteps {
     u32 part[PARTS][NT];
+};
+// One step's vectors, 16 rows and V columns: operands A and B of a product over 8 steps.
+struct Outer {
+    u32 part[PARTS][(2 + NT + 3) / 4 * 4];
 };
 
 template <int LENGTH>
 __device__ __forceinline__ u32 tile_row(u32 tile, int part, int columns, int step, int column) {
     return tile + 2 * ((part * LENGTH + step) * (columns + PAD) + column);
 }
-
-// steps_contracted: laid out for a product over the steps, else for one over the rows.
 template <int LENGTH>
-__device__ __forceinline__ void load_rows(RowSteps& x, u32 tile, int step, int row, bool steps_contracted, int lane) {
+__device__ __forceinline__ void load_rows(RowSteps& x, u32 tile, int step, int row, int lane) {
 #pragma unroll
-    for (int p = 0; p < PARTS; p++) {
-        const u32 address = tile_row<LENGTH>(tile, p, ROWS, step + lane % 8, row + lane / 8 % 2 * 8);
-        if (steps_contracted)
-            ldmatrix2_transposed(x.part[p][0], x.part[p][1], address);
-        else
-            ldmatrix2(x.part[p][0], x.part[p][1], address);
-    }
+    for (int p = 0; p < PARTS; p++)
+        ldmatrix2(x.part[p][0], x.part[p][1], tile_row<LENGTH>(tile, p, ROWS, step + lane % 8, row + lane / 8 % 2 * 8));
 }
 template <int LENGTH>
-__device__ __forceinline__ void load_columns(ColumnSteps& x, u32 tile, int step, bool steps_contracted, int lane) {
+__device__ __forceinline__ void load_columns(ColumnSteps& x, u32 tile, int step, int lane) {
 #pragma unroll
     for (int p = 0; p < PARTS; p++)
 #pragma unroll
         for (int n = 0; n < NT; n += 2) {
             const u32 address = tile_row<LENGTH>(tile, p, V, step + lane % 8, 8 * n + (V == 8 ? 0 : lane / 8 % 2 * 8));
 #if V == 8
-            if (steps_contracted)
-                ldmatrix1_transposed(x.part[p][n], address);
-            else
-                ldmatrix1(x.part[p][n], address);
+            ldmatrix1(x.part[p][n], address);
 #else
-            if (steps_contracted)
-                ldmatrix2_transposed(x.part[p][n], x.part[p][n + 1], address);
-            else
-                ldmatrix2(x.part[p][n], x.part[p][n + 1], address);
+            ldmatrix2(x.part[p][n], x.part[p][n + 1], address);
 #endif
         }
 }
 
-// The bits to keep of a register that holds steps 2 (lane % 4) and the next, to keep one of 8 steps. Both operands are
-// masked, since 0 · NaN is not 0.
-__device__ __forceinline__ u32 contracted_mask(int step, int lane) {
-    return lane % 4 == step / 2 ? (step % 2 ? 0xffff0000u : 0x0000ffffu) : 0u;
+// The other steps are read from 16 bytes of `zeros`, in both operands, since 0 · NaN is not 0.
+template <int LENGTH>
+__device__ __forceinline__ void load_outer(
+    Outer& x, u32 row_tile, u32 column_tile, int octet, int step, int row, u32 zeros, int lane
+) {
+#if PARTS < 3
+    constexpr int matrices = 2 + NT;  // of 8 × 8, four at a time
+#pragma unroll
+    for (int p = 0; p < PARTS; p++)
+#pragma unroll
+        for (int i = 0; i < matrices; i += 4) {
+            const int matrix = i + lane / 8;
+            const u32 here = matrix < 2
+                ? tile_row<LENGTH>(row_tile, p, ROWS, octet + lane % 8, row + 8 * matrix)
+                : tile_row<LENGTH>(column_tile, p, V, octet + lane % 8, 8 * ((matrix - 2) % NT));
+            const u32 address = lane % 8 == step ? here : zeros;
+            if (matrices - i > 2)
+                ldmatrix4_transposed(x.part[p] + i, address);
+            else
+                ldmatrix2_transposed(x.part[p] + i, address);
+        }
+#endif
 }
 
 // A number of a staged tile.
@@ -293,30 +303,28 @@ __device__ __forceinline__ float tile_value(const char* tile, int columns, int s
     return sum;
 }
 
-// x += r cᵀ of step `first + step`, of whose octet rows and columns are the operands. In three parts a product that
-// overflows would be inf - inf, so float32 has no use for them.
+// x += r cᵀ. In three parts a product that overflows would be inf - inf, so float32 takes the
+// numbers themselves, of step `time` of the staged tiles.
 template <int LENGTH>
 __device__ __forceinline__ void add_outer(
-    float (&x)[NT][4], const RowSteps& rows, const ColumnSteps& columns, int first, int step, int row,
-    const char* row_tile, const char* column_tile, int lane
+    float (&x)[NT][4], const Outer& outer, int time, int row, const char* row_tile, const char* column_tile, int lane
 ) {
 #if PARTS == 3
-    const float upper = tile_value<LENGTH>(row_tile, ROWS, first + step, row + lane / 4);
-    const float lower = tile_value<LENGTH>(row_tile, ROWS, first + step, row + lane / 4 + 8);
+    const float upper = tile_value<LENGTH>(row_tile, ROWS, time, row + lane / 4);
+    const float lower = tile_value<LENGTH>(row_tile, ROWS, time, row + lane / 4 + 8);
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const float column = tile_value<LENGTH>(column_tile, V, first + step, 8 * n + 2 * (lane % 4) + i);
+            const float column = tile_value<LENGTH>(column_tile, V, time, 8 * n + 2 * (lane % 4) + i);
             x[n][i] = fmaf(upper, column, x[n][i]);
             x[n][i + 2] = fmaf(lower, column, x[n][i + 2]);
         }
 #else
-    const u32 mask = contracted_mask(step, lane);
 #pragma unroll
     for (int n = 0; n < NT; n++)
         FOR_PARTS(i, j)
-            mma8(x[n], rows.part[i][0] & mask, rows.part[i][1] & mask, columns.part[j][n] & mask);
+            mma8(x[n], outer.part[i][0], outer.part[i][1], outer.part[j][2 + n]);
 #endif
 }
 

@@ -22,6 +22,7 @@ struct ForwardShared {
     char v[2][SLOTS][tile_bytes<STAGE, V>()];
     float f[2][SLOTS][STAGE];
     float y[2][SLOTS][WARPS][STAGE][Y_ROW];
+    float zeros[4];
 };
 static_assert(sizeof(ForwardShared) == SHARED_BYTES, "the launcher counts otherwise");
 
@@ -36,8 +37,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_forward(const Forwar
     const i64 begin = p.offsets ? p.offsets[sequence] : 0, end = p.offsets ? p.offsets[sequence + 1] : p.steps;
     const i64 from = slice * p.slice > begin ? slice * p.slice : begin;  // the slice's part of the sequence
     const i64 to = (slice + 1) * p.slice < end ? (slice + 1) * p.slice : end;
-    const int row = 16 * TILES * warp;
+    const int row = 16 * warp;
     const int slot_thread = thread % (32 * WARPS);
+    const u32 zeros = shared_address(shared.zeros);
+    if (thread < 4) shared.zeros[thread] = 0.f;
 
     const input_t* q = (const input_t*)p.q.data + batch * p.q.batch + first_head / p.q.repeat * p.q.head;
     const input_t* k = (const input_t*)p.k.data + batch * p.k.batch + first_head / p.k.repeat * p.k.head;
@@ -48,13 +51,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_forward(const Forwar
     u32* finished = p.finished ? p.finished + unit : nullptr;
     wait_for_slice(finished, slice);
     const float* start = from > begin ? p.final : p.initial;
-    float h[TILES][NT][4];
-    Packed packed[TILES];
-#pragma unroll
-    for (int m = 0; m < TILES; m++) {
-        load_state(h[m], start ? start + state_offset : nullptr, row + 16 * m, p.key_dim, lane);
-        pack(packed[m], h[m]);
-    }
+    float h[NT][4];
+    Packed packed;
+    load_state(h, start ? start + state_offset : nullptr, row, p.key_dim, lane);
+    pack(packed, h);
     Matrix weight;
     load_matrix(weight, p.weight + head / p.weight_repeat * V * V, false, lane);
 
@@ -86,52 +86,42 @@ extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_forward(const Forwar
         if (first + STAGE < to) stage_inputs(first + STAGE, buffer ^ 1);
         if (p.saved && first > begin && first % CHUNK == 0) {
             const i64 index = batch * ((p.steps - 1) / CHUNK) + first / CHUNK - 1;
-#pragma unroll
-            for (int m = 0; m < TILES; m++)
-                save_state(h[m], p.saved + (index * p.heads + head) * p.key_dim * V, row + 16 * m, p.key_dim, lane);
+            save_state(h, p.saved + (index * p.heads + head) * p.key_dim * V, row, p.key_dim, lane);
         }
         const char *k_tile = shared.k[buffer], *v_tile = shared.v[buffer][slot];
 #pragma unroll 1
         for (int octet = 0; octet < STAGE; octet += 8) {
             if (first + octet + 8 <= begin || first + octet >= end) continue;
-            RowSteps keys[TILES], queries[TILES];
-            ColumnSteps values;
-#pragma unroll
-            for (int m = 0; m < TILES; m++) {
-                load_rows<STAGE>(keys[m], shared_address(k_tile), octet, row + 16 * m, true, lane);
-                load_rows<STAGE>(queries[m], shared_address(shared.q[buffer]), octet, row + 16 * m, false, lane);
-            }
-            load_columns<STAGE>(values, shared_address(v_tile), octet, true, lane);
+            RowSteps queries;
+            load_rows<STAGE>(queries, shared_address(shared.q[buffer]), octet, row, lane);
             alignas(16) float gates[8];
             *(float4*)gates = *(const float4*)&shared.f[buffer][slot][octet];
             *(float4*)(gates + 4) = *(const float4*)&shared.f[buffer][slot][octet + 4];
 
             float y[KS][4] = {};
-            float z[TILES][NT][4];  // k vᵀ of the next step, computed ahead, then Z
-#pragma unroll
-            for (int m = 0; m < TILES; m++) {
-                clear(z[m]);
-                add_outer<STAGE>(z[m], keys[m], values, octet, 0, row + 16 * m, k_tile, v_tile, lane);
-            }
+            float z[NT][4];  // k vᵀ of the next step, computed ahead, then Z
+            Outer outer;
+            load_outer<STAGE>(outer, shared_address(k_tile), shared_address(v_tile), octet, 0, row, zeros, lane);
+            clear(z);
+            add_outer<STAGE>(z, outer, octet, row, k_tile, v_tile, lane);
 #pragma unroll UNROLLED
             for (int step = 0; step < 8; step++) {
                 float sums[KS][4] = {};
+                if (step < 7)
+                    load_outer<STAGE>(outer, shared_address(k_tile), shared_address(v_tile), octet, step + 1, row, zeros, lane);
+                float ahead[NT][4];
+                clear(ahead);
+                if (step < 7) add_outer<STAGE>(ahead, outer, octet + step + 1, row, k_tile, v_tile, lane);
+                update(z, packed, weight);
+                blend(h, z, gates[step]);
+                pack(packed, h);
+                Transposed transposed;
+                transpose(transposed, packed);
+                add_transposed_product(sums, transposed, queries);
 #pragma unroll
-                for (int m = 0; m < TILES; m++) {
-                    float ahead[NT][4];
-                    clear(ahead);
-                    if (step < 7) add_outer<STAGE>(ahead, keys[m], values, octet, step + 1, row + 16 * m, k_tile, v_tile, lane);
-                    update(z[m], packed[m], weight);
-                    blend(h[m], z[m], gates[step]);
-                    pack(packed[m], h[m]);
-                    Transposed transposed;
-                    transpose(transposed, packed[m]);
-                    add_transposed_product(sums, transposed, queries[m]);
+                for (int n = 0; n < NT; n++)
 #pragma unroll
-                    for (int n = 0; n < NT; n++)
-#pragma unroll
-                        for (int i = 0; i < 4; i++) z[m][n][i] = ahead[n][i];
-                }
+                    for (int i = 0; i < 4; i++) z[n][i] = ahead[n][i];
 #pragma unroll
                 for (int k = 0; k < KS; k++) add_column(y[k], sums[k], step, lane);
             }
@@ -160,7 +150,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_forward(const Forwar
         }
     }
     if (from < to || slice == 0)  // an empty sequence ends as it starts
-#pragma unroll
-        for (int m = 0; m < TILES; m++) store_state(h[m], p.final + state_offset, row + 16 * m, p.key_dim, lane);
+        store_state(h, p.final + state_offset, row, p.key_dim, lane);
     finish_slice(finished, slice);
 }

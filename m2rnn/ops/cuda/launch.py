@@ -6,7 +6,7 @@ The result is the same bits on every run: each sum has one order, which follows 
 import ctypes
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -77,28 +77,28 @@ class _Variant:
     """What the kernels are compiled for."""
 
     value_dim: int
-    tiles: int
     warps: int
     slots: int
     dtype: torch.dtype
     parts: int
     clip: bool = False
+    ahead: bool = False
 
     def macros(self, source: str) -> tuple[tuple[str, int], ...]:
         return (
-            ("V", self.value_dim), ("TILES", self.tiles), ("WARPS", self.warps), ("SLOTS", self.slots),
+            ("V", self.value_dim), ("WARPS", self.warps), ("SLOTS", self.slots),
             ("CHUNK", CHUNK),
             ("INPUT", _TYPES[self.dtype]), ("PARTS", self.parts),
-            ("CLIP", int(self.clip)), ("SHARED_BYTES", self.shared_bytes(source)),
+            ("CLIP", int(self.clip)), ("AHEAD", int(self.ahead)), ("SHARED_BYTES", self.shared_bytes(source)),
         )  # fmt: skip
 
     @property
     def threads(self) -> int:
-        return 32 * self.warps * self.slots
+        return 32 * self.warps * self.slots * (1 + self.ahead)
 
     @property
     def rows(self) -> int:
-        return 16 * self.tiles * self.warps
+        return 16 * self.warps
 
     def tile_bytes(self, length: int, columns: int) -> int:
         return self.parts * length * (columns + PAD) * 2
@@ -109,14 +109,20 @@ class _Variant:
             rows = 2 * self.tile_bytes(STAGE, self.rows)
             columns = self.tile_bytes(STAGE, self.value_dim) + 4 * STAGE
             sums = self.warps * STAGE * (self.value_dim + 4) * 4
-            return 2 * (rows + self.slots * (columns + sums))
-        registers = 2 if self.value_dim == 8 else 4
-        states = 4 * self.tiles * self.parts * -(-self.value_dim // 16) * 32 * 4 * registers
-        gradients = 4 * 8 * (2 * (16 * self.tiles + 4) + self.value_dim + 4 + 1)
-        alignment = 4 * registers
-        kept = -(-max(states, gradients) // alignment) * alignment
-        columns = 2 * self.tile_bytes(CHUNK, self.value_dim) + 4 * CHUNK + 4 * self.warps * self.value_dim**2
-        return 2 * self.tile_bytes(CHUNK, self.rows) + self.slots * (CHUNK // 8 * self.warps * kept + columns)
+            return 2 * (rows + self.slots * (columns + sums)) + 16
+        registers, operands = 2 if self.value_dim == 8 else 4, -(-self.value_dim // 16)
+        states = self.parts * operands * 32 * 4 * registers
+        gradients = 2 * 8 * (2 + operands) * 8
+        pair = _multiple(max(states, gradients), 4 * registers)
+        kept = (1 + self.ahead) * self.warps * (CHUNK // 8 * _multiple(4 * pair + 4 * 8, 64) + states)
+        rows = 2 * self.tile_bytes(CHUNK, self.rows)
+        columns = 2 * self.tile_bytes(CHUNK, self.value_dim) + 4 * CHUNK
+        inputs = (3 if self.ahead else 1) * (rows + self.slots * columns)
+        return _multiple(self.slots * (kept + 4 * self.warps * self.value_dim**2) + inputs + 16, 64)
+
+
+def _multiple(size: int, of: int) -> int:
+    return -(-size // of) * of
 
 
 @lru_cache(maxsize=256)
@@ -138,7 +144,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor) -> str |
     value_dim, dtype = v.shape[-1], output_dtype(q, k, v)
     if value_dim > 64:
         return f"V is {value_dim}, and the CUDA kernels take up to 64"
-    least = _Variant(cuda_width(value_dim), 1, 1, 1, dtype, cuda_parts(dtype, q.shape[1]))
+    least = _Variant(cuda_width(value_dim), 1, 1, dtype, cuda_parts(dtype, q.shape[1]))
     if least.shared_bytes("backward") > _shared_limit(q.device):
         gpu = torch.cuda.get_device_name(q.device)
         return f"V is {value_dim} in {str(dtype)[6:]}, for which {gpu} has too little shared memory"
@@ -172,19 +178,18 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _tiles(source: str, heads: int, variant: Callable[[int], _Variant], device: torch.device) -> int:
-    """Tiles of 16 rows a warp: two need fewer instructions, one gives few heads more warps to hide latency with.
-
-    Two may be a tile more than there are rows for, which a block may not have the shared memory for.
-    """
-    fits = variant(1).warps > 1 and variant(2).shared_bytes(source) <= _shared_limit(device)
-    return 2 if fits and heads >= 3 * _multiprocessors(device) else 1
-
-
 def _slots(heads: int, shared_heads: int, warps: int, device: torch.device) -> int:
     """Heads a block of the backward pass: they share q, k and sums of dq and dk, but leave no multiprocessor idle."""
     busiest = -(-heads // _multiprocessors(device))
     return max(s for s in range(1, 5) if s == 1 or (shared_heads % s == 0 and s * warps <= 16 and s <= busiest))
+
+
+def _ahead(units: int, variant: _Variant, device: torch.device) -> _Variant:
+    """The variant with warps of their own for the next chunk's states, if a multiprocessor has room for all its units."""
+    ahead = replace(variant, ahead=True)
+    busiest = -(-units // _multiprocessors(device))
+    fits = busiest * ahead.shared_bytes("backward") <= _shared_limit(device) and busiest * ahead.threads <= 512
+    return ahead if fits else variant
 
 
 def _slices(units: int, together: int, steps: int, device: torch.device) -> tuple[int, int, Tensor | None]:
@@ -233,7 +238,7 @@ def forward(
         v, weight, initial_state = pad(v, (0, missing)), pad(weight, (0, missing) * 2), _pad(initial_state, missing)
         y, final, saved = forward(q, k, v, f, weight, initial_state, cu_seqlens, save)
         return y[..., :value_dim].contiguous(), final[..., :value_dim].contiguous(), saved
-    groups = _row_groups(lambda rows: _variant(rows, 1, 1, q, k, v), q.shape[3], q.device)
+    groups = _row_groups(lambda rows: _variant(rows, 1, q, k, v), q.shape[3], q.device)
     if len(groups) > 1:
         parts = [forward(q[..., g], k[..., g], v, f, weight, _rows(initial_state, g), cu_seqlens, save) for g in groups]
         ys, finals, saves = (list(x) for x in zip(*parts, strict=True))
@@ -253,8 +258,7 @@ def forward(
 
     with torch.cuda.device(q.device):
         units = sequences * heads
-        tiles = _tiles("forward", units, lambda tiles: _variant(key_dim, tiles, 1, q, k, v), q.device)
-        variant = _variant(key_dim, tiles, 1, q, k, v)
+        variant = _variant(key_dim, 1, q, k, v)
         slices, length, finished = _slices(units, 2, steps, q.device)
         arguments = _Forward(
             *(_Strided.of(x, heads) for x in (q, k, v, f)),
@@ -288,7 +292,7 @@ def backward(
         )
         dv, dweight = dv[..., :value_dim].contiguous(), dweight[:, :value_dim, :value_dim].contiguous()
         return dq, dk, dv, df, dweight, None if d_initial is None else d_initial[..., :value_dim].contiguous()
-    row_groups = _row_groups(lambda rows: _variant(rows, 1, 1, q, k, v), q.shape[3], q.device)
+    row_groups = _row_groups(lambda rows: _variant(rows, 1, q, k, v), q.shape[3], q.device)
     if len(row_groups) > 1:
         parts = [
             backward(
@@ -325,30 +329,30 @@ def backward(
 
     with torch.cuda.device(q.device):
         repeats = [heads // x.shape[2] for x in (q, k)]
-        tiles = _tiles("backward", sequences * heads, lambda tiles: _variant(key_dim, tiles, 1, q, k, v), q.device)
         slots = _slots(sequences * heads, math.gcd(*repeats), -(-key_dim // 16), q.device)
         slots = max(
             s
             for s in range(1, slots + 1)
             if slots % s == 0
-            and (s == 1 or _variant(key_dim, tiles, s, q, k, v).shared_bytes("backward") <= _shared_limit(q.device))
+            and (s == 1 or _variant(key_dim, s, q, k, v).shared_bytes("backward") <= _shared_limit(q.device))
         )
-        variant = _variant(key_dim, tiles, slots, q, k, v, state_clip)
+        variant = _variant(key_dim, slots, q, k, v, state_clip)
         units = lanes * heads // slots
+        variant = _ahead(units, variant, q.device)
 
         # Several blocks share a head of q or k: their partial sums, for a window of time that fits, are summed after
         groups = [repeat // slots for repeat in repeats]
         rows = [x.shape[2] * key_stride for x in (q, k)]
-        step_bytes = sum(4 * batch * g * row for g, row in zip(groups, rows, strict=True) if g > 1)
-        window = max(CHUNK, PARTIAL_BYTES // max(step_bytes, 1) // CHUNK * CHUNK) if step_bytes else max(steps, 1)
-        window = min(window, max(steps, 1))
+        partial_dtype = q.dtype if variant.parts == 1 else torch.float32
+        step_bytes = sum(partial_dtype.itemsize * batch * g * row for g, row in zip(groups, rows, strict=True) if g > 1)
+        window = _window(steps, step_bytes)
         partials = [
-            out if g == 1 else q.new_empty(g * batch * window * row, dtype=torch.float32)
+            out if g == 1 else q.new_empty(g * batch * window * row, dtype=partial_dtype)
             for g, row, out in zip(groups, rows, outs, strict=True)
         ]
         for begin in range((steps - 1) // window * window, -1, -window):
             end = min(begin + window, steps)
-            slices, length, finished = _slices(units, 1 if slots > 2 else 2, end - begin, q.device)
+            slices, length, finished = _slices(units, max(1, 512 // variant.threads), end - begin, q.device)
             arguments = _Backward(
                 *(_Strided.of(x, heads) for x in (q, k, v, f, dy)),
                 *(_pointer(x) for x in (weight, initial, saved, offsets, carry)),
@@ -360,7 +364,7 @@ def backward(
             for g, row, partial, out in zip(groups, rows, partials, outs, strict=True):
                 if g > 1:
                     total = _Sum(_pointer(partial), _pointer(out), steps, begin, end - begin, batch, g, row)
-                    blocks = -(-batch * (end - begin) * row // (4 * 128))
+                    blocks = -(-batch * (end - begin) * row // (8 * 128))
                     _kernel("sum", variant, q.device.index)(blocks, total, q.device)
     dq, dk = (out[..., :key_dim].to(x.dtype).contiguous() for out, x in zip(outs, inputs, strict=False))
     return (
@@ -369,11 +373,18 @@ def backward(
     )  # fmt: skip
 
 
-def _variant(
-    key_dim: int, tiles: int, slots: int, q: Tensor, k: Tensor, v: Tensor, clip: float | None = None
-) -> _Variant:
-    warps, dtype = -(-key_dim // (16 * tiles)), output_dtype(q, k, v)
-    return _Variant(v.shape[3], tiles, warps, slots, dtype, cuda_parts(dtype, q.shape[1]), clip is not None)
+def _window(steps: int, step_bytes: int) -> int:
+    """Steps of a window of time whose partial sums of dq and dk fit; windows are of about the same length."""
+    fit = max(PARTIAL_BYTES // max(step_bytes, 1), CHUNK)
+    if steps <= fit:
+        return max(steps, 1)
+    even = -(-steps // -(-steps // fit))
+    return next(w for w in (_multiple(even, SLICE), _multiple(even, CHUNK), fit // CHUNK * CHUNK) if w <= fit)
+
+
+def _variant(key_dim: int, slots: int, q: Tensor, k: Tensor, v: Tensor, clip: float | None = None) -> _Variant:
+    warps, dtype = -(-key_dim // 16), output_dtype(q, k, v)
+    return _Variant(v.shape[3], warps, slots, dtype, cuda_parts(dtype, q.shape[1]), clip is not None)
 
 
 def _rows(state: Tensor | None, rows: slice) -> Tensor | None:
