@@ -21,11 +21,17 @@ FLOAT16 = launch._Variant(value_dim=8, warps=1, slots=2, dtype=torch.float16, pa
 FLOAT32 = launch._Variant(value_dim=8, warps=1, slots=1, dtype=torch.float32, parts=3, clip=True)
 
 
-@pytest.mark.parametrize("source", ["forward", "backward"])
 @pytest.mark.parametrize(
-    ("variant", "capability"),
-    [(BFLOAT16, (8, 0)), (AHEAD, (9, 0)), (FLOAT16, (9, 0)), (FLOAT32, (12, 0))],
-    ids=["8.0", "9.0-ahead", "9.0", "12.0"],
+    ("source", "variant", "capability"),
+    [
+        ("forward", BFLOAT16, (8, 0)),
+        ("forward", FLOAT16, (9, 0)),
+        ("forward", FLOAT32, (12, 0)),
+        ("backward", BFLOAT16, (8, 0)),
+        ("backward", FLOAT16, (12, 0)),
+        ("backward", FLOAT32, (9, 0)),
+        ("backward", AHEAD, (9, 0)),
+    ],
 )
 def test_kernels_compile(
     source: str, variant: launch._Variant, capability: tuple[int, int], tmp_path, monkeypatch
