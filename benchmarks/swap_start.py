@@ -3,11 +3,13 @@
 Trains a small hybrid of a family on the source of Python's standard library (bytes), then swaps one layer at a time and
 measures the loss on files it has not seen. A few minutes on one CPU thread:
 
-    python benchmarks/swap_start.py --family qwen3_5
+    python benchmarks/swap_start.py --family qwen3_5     # a table, and swap_start.csv
 """
 
 import argparse
 import copy
+import csv
+import io
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -19,6 +21,8 @@ from torch import Tensor
 from transformers import BambaConfig, BambaForCausalLM, PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 import m2rnn
+from m2rnn.data.run_folder import write_whole_file
+from m2rnn.evaluation.machine import hardware, versions
 
 R, A = "linear_attention", "full_attention"
 SAME = {
@@ -77,15 +81,16 @@ def main() -> None:
     parser.add_argument("--family", default="qwen3_5", choices=["qwen3_5", "bamba"])
     parser.add_argument("--steps", type=int, default=300, help="of training before the swaps")
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--csv", type=Path, default=Path("swap_start.csv"))
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    text, unseen = texts()
+    known, unseen = texts()
     model = untrained(arguments.family)
-    train(model, text, arguments.steps)
+    train(model, known, arguments.steps)
     model.eval()
     tests = [tokens for _, tokens in zip(range(8), batches(unseen, 2), strict=False)]
-    calibration = [tokens for _, tokens in zip(range(16), batches(text, 3), strict=False)]
+    calibration = [tokens for _, tokens in zip(range(16), batches(known, 3), strict=False)]
 
     @torch.no_grad()
     def loss(model: PreTrainedModel) -> float:
@@ -96,7 +101,7 @@ def main() -> None:
     print("layer  sizes           start                  loss jumps by   seconds")
     sizes: dict[str, dict[str, Any]] = {
         "of the mixer": {},
-        "own": {"num_heads": 8, "key_dim": 16, "value_dim": 16},
+        "others": {"num_heads": 8, "key_dim": 32, "value_dim": 16},
     }
     starts: dict[str, dict[str, Any]] = {
         "no calibration": {},
@@ -104,6 +109,9 @@ def main() -> None:
         "50 steps, ridge": {"calibration": calibration, "steps": 50},
         "200 steps, ridge": {"calibration": calibration, "steps": 200},
     }
+    machine = hardware("cpu") | versions(["torch", "transformers", "m2rnn"])
+    columns = {"family": arguments.family, "training_steps": arguments.steps, "loss": before}
+    rows = []
     for layer in arguments.layers:
         for size, options in sizes.items():
             if size == "of the mixer" and model.config.layer_types[layer] == A:
@@ -113,7 +121,16 @@ def main() -> None:
                 changed, began = copy.deepcopy(model), time.perf_counter()
                 m2rnn.swap(changed, [layer], **options, **fitting)
                 seconds = time.perf_counter() - began
-                print(f"{layer:<7}{size:<16}{start:<23}{loss(changed) - before:+.4f}{seconds:>17.1f}", flush=True)
+                jump = loss(changed) - before
+                print(f"{layer:<7}{size:<16}{start:<23}{jump:+.4f}{seconds:>17.1f}", flush=True)
+                found = {"layer": layer, "sizes": size, "start": start, "jump": jump, "seconds": seconds}
+                rows.append(columns | found | machine)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole_file(arguments.csv, text.getvalue().encode())
+    print(f"\nwrote {arguments.csv}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -108,6 +109,8 @@ def family_of(model: PreTrainedModel) -> Family:
             f"swap does not know models of type {kind!r}, only {', '.join(FAMILIES)}: replace the mixer by hand, "
             "m2rnn.M2RNN is an ordinary module"
         )
+    if not hasattr(Cache, "get_recurrent_state"):
+        raise ValueError(f"swap needs transformers 5.23 or newer, this is {transformers.__version__}: update it")
     return FAMILIES[kind]
 
 
