@@ -185,7 +185,7 @@ def _slots(heads: int, shared_heads: int, warps: int, device: torch.device) -> i
 
 
 def _ahead(units: int, variant: _Variant, device: torch.device) -> _Variant:
-    """The variant with warps of their own for the next chunk's states, if a multiprocessor has room for all its units."""
+    """The variant with warps of their own for the next chunk's states, if a multiprocessor has room for all units."""
     ahead = replace(variant, ahead=True)
     busiest = -(-units // _multiprocessors(device))
     fits = busiest * ahead.shared_bytes("backward") <= _shared_limit(device) and busiest * ahead.threads <= 512
