@@ -33,6 +33,10 @@ def run(*arguments: object) -> Result:
         ("track", ["--group", "--mixer", "--compare", "--train-length", "--test-lengths", "--overwrite"]),
         ("convert", ["source", "destination", "--to", "--mlp-layout", "--max-shard-size", "--force", "--json"]),
         ("presets", ["[name]", "--filter", "--context", "--json"]),
+        (
+            "prepare",
+            ["--out", "--tokenizer", "--valid-fraction", "--field", "--separator", "--on-error", "--processes"],
+        ),
         ("bench op", ["--out", "--shapes", "--backends", "--quick", "--no-sweep", "--device"]),
     ],
 )

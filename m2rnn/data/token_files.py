@@ -1,0 +1,177 @@
+"""A folder of token files, as ``m2rnn prepare`` writes it, opened for reading.
+
+    manifest.json           what the folder holds; written last: without it nothing here is whole
+    tokenizer/              the tokenizer, for ``AutoTokenizer.from_pretrained``
+    train.tokens.bin        the ids of all documents, end to end; uint8, uint16 or uint32, little-endian
+    train.documents.bin     where each document ends in them, int64, little-endian
+
+and likewise ``valid`` and ``test``. A document is its text's ids, then the id ``eos``.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m2rnn.data.sources import DataError
+from m2rnn.data.tokenizers import load_tokenizer, tokenizer_hash
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = "m2rnn tokens 1"
+MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
+SPLITS = ("train", "valid", "test")
+ENDS = np.dtype("<i8")
+
+
+def tokens_name(split: str) -> str:
+    return f"{split}.tokens.bin"
+
+
+def documents_name(split: str) -> str:
+    return f"{split}.documents.bin"
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """What ``manifest.json`` says.
+
+    Raises:
+        DataError: if there is none, or it is damaged or of another format.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        found = manifest["format"]
+    except FileNotFoundError:
+        raise DataError(f"{folder} holds no finished token files: make them with m2rnn prepare") from None
+    except NotADirectoryError:
+        raise DataError(f"{folder} is a file: give the folder that m2rnn prepare made") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}): prepare the folder again") from None
+    if found != FORMAT:
+        raise DataError(f"{path} has the format {found!r}, not {FORMAT!r}: prepare the folder again")
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+class TokenDataset:
+    """The documents of one split of a folder of token files, read where they lie on disk.
+
+    Args:
+        folder: what ``m2rnn prepare`` made.
+        split: ``"train"``, ``"valid"`` or ``"test"``.
+
+    Attributes:
+        tokens: the ids of all documents, ``[num_tokens]``; a view of the file.
+        ends: index after the last token of each document, int64 ``[num_documents]``; a view of the file.
+        vocab_size, eos_token_id, pad_token_id: of the tokenizer; eos stands in for a missing pad.
+        tokenizer_hash: see ``tokenizers.tokenizer_hash``.
+        num_bytes: of all texts in UTF-8.
+        manifest: everything else.
+
+    Raises:
+        DataError: naming the file, if one is missing, has not the size that the manifest says, or ends in
+            another place; ``verify`` compares every byte.
+    """
+
+    def __init__(self, folder: str | Path, split: str = "train") -> None:
+        self.folder, self.split = Path(folder), split
+        self.manifest = read_manifest(folder)
+        if split not in self.manifest["splits"]:
+            raise DataError(f"{folder} has no split {split!r}, but {', '.join(self.manifest['splits'])}")
+        described = self.manifest["splits"][split]
+        self.num_tokens: int = described["tokens"]
+        self.num_documents: int = described["documents"]
+        self.num_bytes: int = described["bytes"]
+        tokenizer = self.manifest["tokenizer"]
+        self.vocab_size: int = tokenizer["vocab_size"]
+        self.eos_token_id: int = tokenizer["eos_token_id"]
+        self.pad_token_id: int = self.eos_token_id if tokenizer["pad_token_id"] is None else tokenizer["pad_token_id"]
+        self.tokenizer_hash: str = tokenizer["sha256"]
+        dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
+        self.tokens = self._open(self.tokens_path, dtype, self.num_tokens)
+        self.ends = self._open(self.documents_path, ENDS, self.num_documents)
+        if self.ends[-1] != self.num_tokens or self.tokens[-1] != self.eos_token_id:
+            raise self._damaged(self.documents_path if self.ends[-1] != self.num_tokens else self.tokens_path)
+
+    @property
+    def tokens_path(self) -> Path:
+        return self.folder / tokens_name(self.split)
+
+    @property
+    def documents_path(self) -> Path:
+        return self.folder / documents_name(self.split)
+
+    def __repr__(self) -> str:
+        return f"TokenDataset({str(self.folder)!r}, {self.split!r}): {self.num_documents:,} documents"
+
+    # Opened again where it is unpickled: a data loader's processes would otherwise get a copy of the files.
+    def __reduce__(self) -> tuple[type["TokenDataset"], tuple[Path, str]]:
+        return TokenDataset, (self.folder, self.split)
+
+    def document(self, number: int) -> NDArray[Any]:
+        """The ids of a document, eos included; a view of the file."""
+        start = int(self.ends[number - 1]) if number else 0
+        return self.tokens[start : int(self.ends[number])]
+
+    def document_at(self, token: int) -> int:
+        """The number of the document that holds this token."""
+        return int(np.searchsorted(self.ends, token, side="right"))
+
+    def verify(self, progress: Callable[[str], None] = lambda text: None) -> None:
+        """Read everything and compare it with the manifest.
+
+        Raises:
+            DataError: naming the file that differs.
+        """
+        described = self.manifest["splits"][self.split]
+        for path, name in ((self.tokens_path, "tokens_sha256"), (self.documents_path, "documents_sha256")):
+            progress(f"reading {path}")
+            if file_hash(path) != described[name]:
+                raise self._damaged(path)
+        if tokenizer_hash(self.folder / TOKENIZER) != self.tokenizer_hash:
+            raise self._damaged(self.folder / TOKENIZER)
+
+    def load_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer that made the tokens.
+
+        Raises:
+            DataError: if another one has taken its place.
+        """
+        tokenizer = load_tokenizer(self.folder / TOKENIZER)
+        self.check_tokenizer(tokenizer, f"the tokenizer in {self.folder / TOKENIZER}")
+        return tokenizer
+
+    def check_tokenizer(self, tokenizer: "PreTrainedTokenizerBase | Path | str", name: str | None = None) -> None:
+        """Refuse a tokenizer (or a folder with one) whose ids are not those of the tokens."""
+        if tokenizer_hash(tokenizer) != self.tokenizer_hash:
+            made_by = self.manifest["tokenizer"]["name"]
+            raise DataError(
+                f"{name or tokenizer} is not the tokenizer that made {self.folder} ({made_by}, "
+                f"{self.vocab_size:,} ids): use the one in {self.folder / TOKENIZER}, or prepare the text anew"
+            )
+
+    def _open(self, path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
+        expected = count * dtype.itemsize
+        try:
+            size = path.stat().st_size
+            if size != expected:
+                raise DataError(
+                    f"{path} has {size:,} bytes, not {expected:,} as in {MANIFEST}: copy or prepare the folder again"
+                )
+            return np.memmap(path, dtype, mode="r")
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}: copy or prepare the folder again") from None
+
+    def _damaged(self, path: Path) -> DataError:
+        return DataError(f"{path} is not what m2rnn prepare wrote: copy or prepare the folder again")

@@ -1,0 +1,146 @@
+"""Tokenizers: bytes, byte-level BPE trained here, or any of Hugging Face; as transformers saves and loads them.
+
+Only what makes or loads one imports transformers; the processes that encode text need its ``tokenizer.json`` alone.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m2rnn.data.sources import DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZER_FILE = "tokenizer.json"
+# UTF-8 never contains these three bytes, so that all ids fit into one byte.
+PAD, BOS, EOS = 0xFD, 0xFE, 0xFF
+SPECIAL = {"pad_token": "<|pad|>", "bos_token": "<|bos|>", "eos_token": "<|eos|>"}
+MAX_LENGTH = 10**9  # transformers warns of longer texts, and a recurrent model has no limit
+
+
+def byte_tokenizer() -> "PreTrainedTokenizerBase":
+    """A tokenizer whose 256 ids are the bytes of UTF-8; the bytes 253, 254 and 255, which UTF-8 never uses, are
+    pad, bos and eos."""
+    from tokenizers import Tokenizer, models
+
+    vocabulary = {character: byte for byte, character in _byte_characters().items() if byte not in (PAD, BOS, EOS)}
+    vocabulary |= {SPECIAL["pad_token"]: PAD, SPECIAL["bos_token"]: BOS, SPECIAL["eos_token"]: EOS}
+    return _finished(Tokenizer(models.BPE(vocabulary, [])), use_regex=False)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerBase":
+    """A byte-level BPE of ``vocab_size`` ids, trained on ``texts``: 0, 1 and 2 are pad, bos and eos.
+
+    Raises:
+        DataError: if ``vocab_size`` cannot hold the 256 bytes and the special ids.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    smallest = 256 + len(SPECIAL)
+    if vocab_size < smallest:
+        raise DataError(f"vocab_size {vocab_size}: expected at least {smallest}, the bytes and {len(SPECIAL)} more")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIAL.values()),
+            initial_alphabet=list(_byte_characters().values()),
+            show_progress=False,
+        ),
+    )
+    return _finished(bpe, use_regex=True)
+
+
+def _finished(model: "Tokenizer", use_regex: bool) -> "PreTrainedTokenizerBase":
+    """Bytes in, bytes out and the special tokens, around the model; as transformers wants it."""
+    from tokenizers import decoders, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    model.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, model_max_length=MAX_LENGTH, clean_up_tokenization_spaces=False, **SPECIAL
+    )
+
+
+def _byte_characters() -> dict[int, str]:
+    """The character that byte-level tokenizers write for each byte: itself if printable, else one from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+
+
+def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a folder, of a ``tokenizer.json``, or of a name on the Hugging Face Hub.
+
+    Raises:
+        DataError: if there is none, or none that the `tokenizers` library can run.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = Path(name)
+    tokenizer: PreTrainedTokenizerBase
+    try:
+        if path.is_file():
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # each kind of tokenizer has its own
+        reason = str(error).strip().partition("\n")[0]
+        raise DataError(
+            f"tokenizer {str(name)!r}: {reason or type(error).__name__}. Expected 'bytes', 'train-bpe', a folder "
+            "with a tokenizer, a tokenizer.json, or a name on the Hugging Face Hub that is downloaded or reachable"
+        ) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(
+            f"tokenizer {str(name)!r} is a {type(tokenizer).__name__}, which has no tokenizer.json; convert it to one"
+        )
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase | Path | str") -> str:
+    """SHA-256 of what decides the ids of a text: ``tokenizer.json`` less its padding and truncation.
+
+    ``tokenizer`` may also be the folder that holds the file. Two tokenizers with the same hash give the same ids.
+    """
+    if isinstance(tokenizer, (str, Path)):
+        content = json.loads((Path(tokenizer) / TOKENIZER_FILE).read_text(encoding="utf-8"))
+    else:
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content = {key: value for key, value in content.items() if key not in ("padding", "truncation")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The smallest unsigned type for ids below ``vocab_size``, little-endian."""
+    return np.dtype("u1" if vocab_size <= 2**8 else "<u2" if vocab_size <= 2**16 else "<u4")
+
+
+Encode = Callable[[Sequence[str]], Iterator[NDArray[Any]]]
+
+
+def encoder(folder: Path, is_bytes: bool, dtype: np.dtype[Any]) -> Encode:
+    """A function from texts to the ids of each, by the tokenizer in ``folder``.
+
+    Text that looks like a special token is text: ``<|eos|>`` in a document does not end it.
+    """
+    if is_bytes:
+        return lambda texts: (np.frombuffer(text.encode(), dtype) for text in texts)
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return lambda texts: (
+        np.array(encoding.ids, dtype) for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    )

@@ -1,0 +1,174 @@
+"""Batches hold every token once an epoch, never mix documents, and come in an order that nobody's number changes."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from m2rnn.data.batches import IGNORED, PackedBatches, only_batch, pack, sliding_windows
+from m2rnn.data.sources import DataError
+from m2rnn.data.token_files import TokenDataset
+from tests.data.text import prepared
+
+lengths = st.lists(st.integers(1, 40), min_size=1, max_size=12)
+
+
+def documents(folder, lengths) -> TokenDataset:
+    """Documents whose tokens say where they lie: the text counts up, so that neighbours differ."""
+    letters = "".join(map(chr, range(33, 127)))
+    starts = np.cumsum([0, *lengths])
+    return prepared(folder, [(letters * 9)[s % 94 : s % 94 + n] for s, n in zip(starts, lengths, strict=False)])
+
+
+@settings(max_examples=40)
+@given(lengths, st.integers(1, 50), st.integers(1, 4), st.sampled_from([None, 0, 7]))
+def test_an_epoch_holds_every_token_and_every_prediction_once(tmp_path_factory, lengths, context, rows, seed):
+    data = documents(tmp_path_factory.mktemp("data"), lengths)
+    batches = PackedBatches(data, context, rows, seed)
+    seen, predicted = np.zeros(data.num_tokens, int), np.zeros(data.num_tokens, int)
+    for number in range(len(batches)):
+        batch = batches[number]
+        ids, labels, bounds = batch["input_ids"][0], batch["shift_labels"][0], batch["cu_seq_lens_q"].tolist()
+        where = batches.describe(number)
+        assert ids.shape == labels.shape == (len(where) * context,)
+        assert bounds[0] == 0
+        assert bounds[-1] == len(ids)
+        assert all(a < b for a, b in pairwise(bounds))
+        place = np.concatenate([np.arange(r["window"] * context, (r["window"] + 1) * context) for r in where])
+        real = place < data.num_tokens
+        seen[place[real]] += 1
+        np.testing.assert_array_equal(ids[real], data.tokens[place[real]])
+        assert (labels[~real] == IGNORED).all()
+        for n, label in enumerate(labels.tolist()):
+            if label != IGNORED:
+                assert label == data.tokens[place[n] + 1]
+                assert data.document_at(place[n]) == data.document_at(place[n] + 1)
+                predicted[place[n] + 1] += 1
+        for start, stop in pairwise(bounds):
+            one = place[start:stop]
+            assert (np.diff(one) == 1).all()
+            inside = one[one < data.num_tokens]
+            assert len(inside) in (0, len(one))
+            assert len({data.document_at(p) for p in inside}) <= 1
+        torch.testing.assert_close(batch["labels"], batch["shift_labels"])
+    assert (seen == 1).all()
+    firsts = np.concatenate([[0], data.ends[:-1]])
+    expected = np.ones(data.num_tokens, int)
+    expected[firsts] = 0
+    np.testing.assert_array_equal(predicted, expected)
+    assert (len(batches) - 1) * rows < batches.windows <= len(batches) * rows
+
+
+@settings(max_examples=20)
+@given(lengths, st.integers(1, 20), st.integers(0, 3))
+def test_a_step_reads_the_same_for_any_number_of_processes_and_rows(tmp_path_factory, lengths, context, seed):
+    data = documents(tmp_path_factory.mktemp("data"), lengths)
+    steps, samples = 7, 12
+    read = []
+    for rows, accumulation, processes in ((12, 1, 1), (1, 12, 1), (1, 4, 3), (2, 3, 2), (3, 1, 4)):
+        a_step = accumulation * processes
+        assert rows * a_step == samples
+        batches = PackedBatches(data, context, rows, seed, batches=steps * a_step)
+        assert len(batches) == steps * a_step
+        step_windows = []
+        for step in range(steps):
+            # As accelerate deals: batch b goes to process b mod processes, which accumulates its next few.
+            numbers = [
+                step * a_step + turn * processes + process
+                for process in range(processes)
+                for turn in range(accumulation)
+            ]
+            step_windows.append(sorted((r["epoch"], r["window"]) for n in numbers for r in batches.describe(n)))
+        read.append(step_windows)
+    assert all(steps_read == read[0] for steps_read in read)
+    windows = -(-data.num_tokens // context)
+    order = [window for step in read[0] for window in step]
+    for epoch in range(steps * samples // windows):
+        assert sorted(window for e, window in order if e == epoch) == list(range(windows))
+
+
+def test_epochs_and_seeds_differ_and_no_seed_is_the_order_of_the_file(tmp_path):
+    data = documents(tmp_path, [40] * 50)
+    orders = {}
+    for seed in (0, 1, None):
+        batches = PackedBatches(data, 10, 1, seed, batches=410)
+        windows = [batches.describe(number)[0]["window"] for number in range(410)]
+        orders[seed] = windows
+        assert (windows[:205] == windows[205:]) == (seed is None)
+    assert orders[None][:205] == list(range(205))
+    assert orders[0] != orders[1]
+
+
+def test_the_last_batch_of_one_epoch_is_short_and_there_is_none_after_it(tmp_path):
+    data = documents(tmp_path, [9, 9, 9])  # 30 tokens
+    batches = PackedBatches(data, 8, 3, None)
+    assert [batch["input_ids"].shape[1] for batch in (batches[0], batches[1])] == [24, 8]
+    assert batches[1]["input_ids"][0, 6:].tolist() == [data.pad_token_id] * 2
+    assert batches[1]["cu_seq_lens_q"].tolist() == [0, 6, 8]
+    for number in (2, -1):
+        with pytest.raises(IndexError, match=f"batch {number} of 2"):
+            batches[number]
+    for options, message in {(0, 1): "context 0", (1, 0): "rows 0"}.items():
+        with pytest.raises(ValueError, match=message):
+            PackedBatches(data, *options)
+
+
+def test_a_loader_in_other_processes_gives_the_same(tmp_path):
+    data = documents(tmp_path, [20] * 20)
+    batches = PackedBatches(data, 16, 2, seed=1)
+    options = {"batch_size": 1, "collate_fn": only_batch, "shuffle": False}
+    loaded = list(torch.utils.data.DataLoader(batches, num_workers=2, multiprocessing_context="fork", **options))
+    assert len(loaded) == len(batches)
+    for number, batch in enumerate(loaded):
+        for name, tensor in batches[number].items():
+            assert torch.equal(batch[name], tensor)
+
+
+@settings(max_examples=40)
+@given(lengths, st.integers(1, 50), st.data())
+def test_sliding_windows_predict_each_token_once_with_its_context(tmp_path_factory, lengths, context, draw):
+    data = documents(tmp_path_factory.mktemp("data"), lengths)
+    stride = draw.draw(st.integers(1, context))
+    targets: dict[int, list[int]] = {number: [] for number in range(data.num_documents)}
+    position = dict.fromkeys(targets, 0)
+    for number, row in sliding_windows(data, context, stride):
+        document = data.document(number).astype(int)
+        assert len(row.input_ids) <= context
+        start = position[number]
+        np.testing.assert_array_equal(row.input_ids, document[start : start + len(row.input_ids)])
+        scored = np.flatnonzero(row.shift_labels != IGNORED)
+        assert len(scored)
+        if start:
+            assert scored[0] >= context - stride
+        np.testing.assert_array_equal(row.shift_labels[scored], document[start + scored + 1])
+        targets[number] += (start + scored + 1).tolist()
+        position[number] = start + stride
+        assert row.starts.tolist() == [0]
+    for number, found in targets.items():
+        assert found == list(range(1, len(data.document(number))))
+
+
+def test_sliding_windows_of_some_documents_and_packed(tmp_path):
+    data = documents(tmp_path, [5, 7, 3])
+    rows = [row for _, row in sliding_windows(data, 100, 100, documents=[2, 0])]
+    batch = pack(rows)
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 8]
+    expected = np.concatenate([data.document(2)[1:], data.document(0)[1:]])
+    assert batch["shift_labels"][0].tolist() == expected.tolist()
+    with pytest.raises(ValueError, match="stride 0: expected 1 to context, which is 4"):
+        next(sliding_windows(data, 4, 0))
+
+
+def test_an_id_that_the_vocabulary_lacks_is_named(tmp_path):
+    data = prepared(tmp_path, ["abcdef" * 10], tokenizer="train-bpe", vocab_size=260)
+    content = data.tokens_path.read_bytes()
+    data.tokens_path.write_bytes(content[:20] + b"\xff\xff" + content[22:])
+    damaged = TokenDataset(data.folder)
+    message = r"train\.tokens\.bin is damaged: token 10 is 65535, not below 260"
+    with pytest.raises(DataError, match=message):
+        PackedBatches(damaged, 4, 3, None)[0]
+    with pytest.raises(DataError, match=message):
+        next(sliding_windows(damaged, 4, 4))
