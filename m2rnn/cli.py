@@ -1,13 +1,18 @@
 """The ``m2rnn`` command: parses, calls, prints. Heavy imports stay inside, so that --help is fast."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from m2rnn.data.run_folder import RunFolderError
 from m2rnn.training.track_settings import SettingsError, TrackSettings
+
+if TYPE_CHECKING:
+    from m2rnn.data.sources import Reading
 
 DEFAULT = TrackSettings()
 
@@ -335,6 +340,124 @@ def convert_checkpoint(
     except KeyboardInterrupt:
         fail(f"interrupted; nothing was written to {destination}", exit_code=130)
     typer.echo(json.dumps(done.as_json(), indent=2) if as_json else done.table())
+
+
+@app.command("eval")
+def evaluate(
+    models: Annotated[list[Path], typer.Argument(help="Folders of Hugging Face causal language models.")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text: a file (text, JSON lines, Parquet), a folder of files, or what m2rnn prepare made."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the results; the same command resumes.")] = Path("runs/eval"),
+    context: Annotated[
+        str, typer.Option(help="Most tokens that a prediction sees, e.g. 1024,4096,full; full is the whole document.")
+    ] = "1024",
+    windows: Annotated[
+        str, typer.Option(help="sliding over each document, or packed: documents end to end, cut as in training.")
+    ] = "sliding",
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens from one sliding window to the next; default half the context.")
+    ] = None,
+    train_length: Annotated[
+        int | None, typer.Option(help="Tokens of a training sequence: measure the loss by position beyond them too.")
+    ] = None,
+    beyond: Annotated[int, typer.Option(help="Up to how many times the training length.")] = 8,
+    split: Annotated[
+        str | None, typer.Option(help="Of prepared text: train, valid or test; default valid if there is one.")
+    ] = None,
+    documents: Annotated[int | None, typer.Option(help="Only the first so many documents.")] = None,
+    join: Annotated[bool, typer.Option(help="Take all documents as one, for long contexts.")] = False,
+    field: Annotated[str, typer.Option(help="Field of JSON lines, or column of tables, that holds the text.")] = "text",
+    glob: Annotated[str, typer.Option(help="Which files of a folder, e.g. '**/*.md'.")] = "**/*",
+    separator: Annotated[
+        str | None, typer.Option(help="What ends a document in text files; default: a file is one.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda if there is one.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights: float32, bfloat16, float16, float64, or auto: as in the checkpoint.")
+    ] = "auto",
+    batch: Annotated[
+        int | None, typer.Option(help="Windows at a time; results do not depend on it. Default: 16,384 tokens' worth.")
+    ] = None,
+    segment: Annotated[
+        int, typer.Option(help="Longer windows are read so many tokens at a time, carrying the state; 0 for never.")
+    ] = 8192,
+    as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of the table.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Delete the results in the folder and start anew.")] = False,
+) -> None:
+    """Measure how well models predict text: loss, perplexity, bits per byte.
+
+    Every token but the first of a document is scored once, at each context length; no document sees another. Bits per
+    byte compares models of different tokenizers. With --train-length, also the loss by position beyond it. Writes
+    results.json, plots and every token's loss into the folder. Interrupted, the same command goes on.
+
+    Examples:
+
+    m2rnn eval runs/a/model runs/b/model --data test.jsonl --context 512,2048,8192 --out runs/eval
+
+    m2rnn eval runs/a/model --data data/corpus --train-length 2048 --beyond 8 --join
+    """
+    import json
+
+    from m2rnn.evaluation.machine import default_device
+    from m2rnn.evaluation.perplexity import PerplexitySettings, evaluate_perplexity
+    from m2rnn.evaluation.perplexity_report import table
+    from m2rnn.training.display import Display
+
+    with user_errors(f"interrupted; the same command goes on in {out}"):
+        if data is None:
+            raise ValueError("nothing to evaluate: name a text with --data")
+        settings = PerplexitySettings(
+            contexts=parse_contexts(context),
+            windows=windows,  # type: ignore[arg-type] # checked by PerplexitySettings
+            stride=stride,
+            train_length=train_length,
+            beyond=beyond,
+            split=split,
+            documents=documents,
+            joined=join,
+            reading=reading_of(field, glob, separator),
+            dtype=dtype,
+            device=device or default_device(),
+            batch=batch,
+            segment=segment or None,
+        )
+        with Display(sys.stderr) as display:
+            results = evaluate_perplexity(models, data, settings, out, overwrite=overwrite, display=display)
+        typer.echo(json.dumps(results, indent=2) if as_json else table(results))
+        typer.echo(f"\nresults, plots and the loss of each token: {out}", err=as_json)
+
+
+@contextmanager
+def user_errors(interrupted: str) -> Iterator[None]:
+    """End with one line and without a traceback for what a user or the machine got wrong."""
+    try:
+        yield
+    except (ValueError, RunFolderError) as error:
+        fail(str(error), exit_code=2)
+    except OSError as error:
+        fail(str(error), exit_code=1)
+    except KeyboardInterrupt:
+        fail(interrupted, exit_code=130)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        reason = str(error).partition(". ")[0]
+        fail(f"{reason}: the same command goes on with a smaller --batch or --segment", exit_code=1)
+
+
+def reading_of(field: str, glob: str, separator: str | None) -> "Reading":
+    from m2rnn.data.sources import Reading
+
+    return Reading(field=field, glob=glob, separator=None if separator is None else separator.replace("\\n", "\n"))
+
+
+def parse_contexts(text: str) -> tuple[int | None, ...]:
+    try:
+        return tuple(None if part.strip() == "full" else int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"context {text!r}: expected whole numbers such as 1024,4096, or full") from None
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:

@@ -37,6 +37,7 @@ def run(*arguments: object) -> Result:
             "prepare",
             ["--out", "--tokenizer", "--valid-fraction", "--field", "--separator", "--on-error", "--processes"],
         ),
+        ("eval", ["--data", "--context", "--windows", "--stride", "--train-length", "--join", "--segment", "--dtype"]),
         ("bench op", ["--out", "--shapes", "--backends", "--quick", "--no-sweep", "--device"]),
     ],
 )

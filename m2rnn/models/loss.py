@@ -50,3 +50,30 @@ def chunked_cross_entropy(
     if num_items is None:
         num_items = (labels != IGNORED).sum()
     return loss / (num_items.to(loss.device) if isinstance(num_items, Tensor) else num_items)
+
+
+def chunked_token_losses(
+    hidden: Tensor,
+    labels: Tensor,
+    head: Callable[[Tensor], Tensor],
+    vocab_size: int,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """``-log softmax(head(hidden))[label]`` of each token, without gradients.
+
+    Args:
+        hidden: ``[n, D]``.
+        labels: int64 ``[n]``.
+        head, chunk_size: as in `chunked_cross_entropy`.
+
+    Returns:
+        ``[n]`` in float32 (float64 for float64 logits).
+    """
+    losses = []
+    chunk_size = max(1, LOGITS_PER_CHUNK // vocab_size) if chunk_size is None else chunk_size
+    with torch.no_grad():
+        for part, target in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True):
+            logits = head(part)
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            losses.append(F.cross_entropy(logits, target, reduction="none"))
+    return torch.cat(losses)

@@ -1,0 +1,397 @@
+"""``m2rnn eval --data``: how well language models predict text, by context length and by position.
+
+Every loss of a token is kept in a file of its own place, so that an interrupted run goes on where it stopped and the
+results are sums in a fixed order, whatever the batches were.
+"""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from m2rnn.data.run_folder import RESULTS, run_folder, to_json, write_whole_file
+from m2rnn.data.sources import Files, Reading, find_source
+from m2rnn.data.token_files import TokenDataset, read_manifest
+from m2rnn.evaluation import text as texts
+from m2rnn.evaluation import windows as layout
+from m2rnn.evaluation.language_model import (
+    LanguageModel,
+    check_device,
+    fingerprint,
+    load_model,
+    load_model_tokenizer,
+    short_names,
+    token_losses,
+)
+from m2rnn.evaluation.machine import hardware, versions
+from m2rnn.evaluation.perplexity_report import PLOTS, write_plots
+from m2rnn.evaluation.text import Text
+from m2rnn.evaluation.windows import Windows
+from m2rnn.models.loss import IGNORED
+from m2rnn.training.display import Display
+
+LOSSES = "losses"
+PENDING = -1.0  # no loss is negative
+TOKENS_PER_BATCH = 2**14
+POSITION_BUCKETS = 8  # of one training length
+
+Results = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PerplexitySettings:
+    """What decides the results, besides the models and the text.
+
+    Attributes:
+        contexts: tokens that a prediction may see at most; None for the whole document.
+        windows: ``"sliding"``, one every ``stride`` tokens of a document, or ``"packed"``, all documents end to end
+            and cut, as in training.
+        stride: of sliding windows; default half the context, and for whole documents all of it.
+        train_length: longest sequence in training; with ``beyond``, the loss by position up to their product.
+        beyond: how many times the training length.
+        split: of a folder of token files; default validation, else test, else training text.
+        documents: only the first so many.
+        joined: take all documents as one.
+        reading: how to find documents in files.
+        dtype: of the weights, or ``"auto"``.
+        device: ``"cpu"`` or ``"cuda"``.
+        batch: windows at a time; None for as many as `TOKENS_PER_BATCH` tokens make.
+        segment: longer windows are read so many tokens at a time, carrying the state; None for none.
+
+    Raises:
+        ValueError: for a value that cannot be.
+    """
+
+    contexts: tuple[int | None, ...] = (1024,)
+    windows: Literal["sliding", "packed"] = "sliding"
+    stride: int | None = None
+    train_length: int | None = None
+    beyond: int = 8
+    split: str | None = None
+    documents: int | None = None
+    joined: bool = False
+    reading: Reading = field(default_factory=Reading)
+    dtype: str = "auto"
+    device: str = "cpu"
+    batch: int | None = None
+    segment: int | None = 8192
+
+    def __post_init__(self) -> None:
+        given = [context for context in self.contexts if context is not None]
+        if not self.contexts or len(set(self.contexts)) < len(self.contexts) or min(given, default=2) < 2:
+            raise ValueError(f"context {_listed(self.contexts)}: expected different numbers from 2 on, or full")
+        if self.windows not in ("sliding", "packed"):
+            raise ValueError(f"windows {self.windows!r}: expected sliding or packed")
+        if self.windows == "packed" and (self.stride is not None or None in self.contexts):
+            raise ValueError("packed windows have neither a stride nor the context full: use sliding windows")
+        if self.stride is not None and not 1 <= self.stride <= min(given, default=self.stride):
+            raise ValueError(f"stride {self.stride}: expected 1 to the shortest context, {min(given, default=1)}")
+        for name in ("train_length", "documents", "batch", "beyond", "segment"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value}: expected at least 1")
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def identity(self) -> dict[str, Any]:
+        """What an interrupted run must go on with: memory may be saved differently."""
+        return {name: value for name, value in self.as_json().items() if name not in ("batch", "segment")}
+
+
+def _listed(contexts: Sequence[int | None]) -> str:
+    return ",".join("full" if context is None else str(context) for context in contexts) or "''"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One pass over the text: a name for its file, the context and stride it is to report, and its windows."""
+
+    name: str
+    context: int | None
+    stride: int | None
+    windows: Windows
+
+    @property
+    def by_position(self) -> bool:
+        return self.name.startswith("positions")
+
+
+def measurements(text: Text, settings: PerplexitySettings) -> list[Measurement]:
+    """Which windows to score.
+
+    Raises:
+        ValueError: if no token can be predicted, or no document is long enough for the loss by position.
+    """
+    found = []
+    for context in settings.contexts:
+        length = text.longest if context is None else context
+        if settings.windows == "packed":
+            windows, stride, name = layout.packed(text.ends, length), None, f"packed-{length}"
+        else:
+            stride = settings.stride or (length if context is None else max(1, length // 2))
+            windows = layout.sliding(text.ends, length, stride)
+            name = f"sliding-{'full' if context is None else context}-{stride}"
+        found.append(Measurement(name, context, stride, windows))
+    if not len(found[0].windows):
+        raise ValueError("every document has one token only: there is nothing to predict")
+    if settings.train_length is not None:
+        length = settings.train_length * settings.beyond
+        windows = layout.whole(text.ends, length)
+        if not len(windows):
+            raise ValueError(
+                f"no document has the {length + 1:,} tokens that the loss by position up to {settings.beyond} × "
+                f"{settings.train_length:,} needs (the longest: {text.longest:,}): choose less, or join the documents"
+            )
+        found.append(Measurement(f"positions-{length}", length, length, windows))
+    return found
+
+
+def evaluate_perplexity(
+    folders: Sequence[Path],
+    data: str,
+    settings: PerplexitySettings,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    display: Display | None = None,
+) -> Results:
+    """Score each model on the text, and write ``results.json``, plots and every token's loss into ``out``.
+
+    Run again, it goes on where it stopped; finished, it only reads the results. In ``losses/`` there is one file a
+    model and measurement: little-endian float32, one number a token of the text, in order; -1 where the token is not
+    scored.
+
+    Raises:
+        ValueError: for what a user can get wrong: models, tokenizers, text, lengths.
+        RunFolderError: if ``out`` belongs to another run.
+    """
+    display = display or Display()
+    check_device(settings.device)
+    if find_spec("matplotlib") is None:
+        raise ValueError("the plots need matplotlib: pip install 'm2rnn[plot]'")
+    names = short_names(folders)
+    described = {
+        **settings.identity(),
+        "data": str(Path(data).resolve()) if Path(data).exists() else data,
+        "text": _text_version(data, settings),
+        "models": {name: [str(f.resolve()), fingerprint(f)] for name, f in zip(names, folders, strict=True)},
+    }
+    with run_folder(out, described, overwrite, (LOSSES, RESULTS, *PLOTS)):
+        if (out / RESULTS).exists():
+            return _read(out)
+        (out / LOSSES).mkdir(exist_ok=True)
+        results: Results = {"settings": {**settings.as_json(), **described}, "models": {}}
+        for name, folder in zip(names, folders, strict=True):
+            display.say(f"{name}: loading")
+            results["models"][name] = _evaluate_model(name, folder, data, settings, out / LOSSES, display)
+        results["versions"] = versions(("m2rnn", "torch", "transformers", "tokenizers", "numpy"))
+        results["hardware"] = hardware(settings.device)
+        write_plots(out, results)
+        write_whole_file(out / RESULTS, to_json(results))
+        return _read(out)
+
+
+def _read(out: Path) -> Results:
+    results: Results = json.loads((out / RESULTS).read_text(encoding="utf-8"))
+    return results
+
+
+def _text_version(data: str, settings: PerplexitySettings) -> Any:
+    """What changes when the text does."""
+    if texts.is_token_folder(Path(data)):
+        return read_manifest(data)["splits"]
+    found = find_source(data, settings.reading)
+    if not isinstance(found, Files):
+        raise ValueError(f"{data}: no such file or folder")
+    return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in found.paths}
+
+
+def _evaluate_model(
+    name: str, folder: Path, data: str, settings: PerplexitySettings, losses_folder: Path, display: Display
+) -> Results:
+    model = load_model(folder, settings.device, settings.dtype)
+    text = load_text(folder, model.vocab_size, data, settings, display)
+    planned = measurements(text, settings)
+    for each in planned:
+        model.check_length(int((each.windows.stop - each.windows.start).max()) - 1)
+    found: Results = {
+        "folder": str(folder),
+        "parameters": model.parameters,
+        "dtype": str(next(model.model.parameters()).dtype).removeprefix("torch."),
+        "text": {
+            "documents": len(text.ends),
+            "tokens": len(text.tokens),
+            "longest_document": text.longest,
+            "bytes": text.num_bytes,
+            "bytes_scored": text.bytes_after_first(),
+        },
+        "contexts": [],
+        "positions": None,
+    }
+    for each in planned:
+        path = losses_folder / f"{quote(name, safe='')}.{each.name}.f32"
+        losses, seconds, tokens = score(model, text, each.windows, path, settings, f"{name}, {each.name}", display)
+        if each.by_position:
+            found["positions"] = by_position(losses, each.windows, settings)
+        else:
+            found["contexts"].append(
+                {
+                    "windows": settings.windows,
+                    "context": each.context,
+                    "stride": each.stride,
+                    **summary(losses, text, each.windows),
+                    "seconds": round(seconds, 2),
+                    "tokens_per_second": round(tokens / seconds) if tokens else None,
+                }
+            )
+    return found
+
+
+def load_text(
+    folder: Path, vocab_size: int, data: str, settings: PerplexitySettings, display: Display | None = None
+) -> Text:
+    """The text as the model in ``folder`` reads it, checked against its tokenizer and vocabulary."""
+    tokenizer = load_model_tokenizer(folder)
+    if texts.is_token_folder(Path(data)):
+        split = texts.choose_split(Path(data), settings.split)
+        if tokenizer is not None:
+            TokenDataset(data, split).check_tokenizer(tokenizer, f"the tokenizer of {folder}")
+        text = texts.from_token_folder(Path(data), split)
+    else:
+        if tokenizer is None:
+            raise ValueError(
+                f"{folder} has no tokenizer: save it there (save_pretrained), or evaluate on a folder that m2rnn "
+                "prepare made"
+            )
+        text = texts.from_files(data, settings.reading, tokenizer, (display or Display()).update)
+    if text.vocab_size > vocab_size:
+        raise ValueError(
+            f"{folder} has a vocabulary of {vocab_size:,} ids, the tokenizer of {data} one of {text.vocab_size:,}: "
+            "they do not belong together"
+        )
+    if settings.documents is not None:
+        text = text.first(settings.documents)
+    return text.joined() if settings.joined else text
+
+
+def score(
+    model: LanguageModel,
+    text: Text,
+    windows: Windows,
+    path: Path,
+    settings: PerplexitySettings,
+    title: str,
+    display: Display,
+) -> tuple[NDArray[np.float32], float, int]:
+    """The loss of every token that the windows predict, in the file ``path``; tokens already there are not repeated.
+
+    Returns:
+        The losses, the seconds it took and the tokens that were scored in them.
+    """
+    if not path.exists() or path.stat().st_size != 4 * len(text.tokens):
+        np.full(len(text.tokens), PENDING, np.float32).tofile(path)
+    losses: NDArray[np.float32] = np.memmap(path, "<f4", mode="r+", shape=(len(text.tokens),))
+    began, scored, done = time.monotonic(), 0, 0
+    for batch in batches(windows, settings.batch):
+        places = [slice(int(windows.first[n]), int(windows.stop[n])) for n in batch]
+        done += sum(place.stop - place.start for place in places)
+        if all((losses[place] != PENDING).all() for place in places):
+            continue
+        ids, labels = rows(text, windows, batch)
+        found = token_losses(
+            model, ids.to(model.model.device), labels.to(model.model.device), _segment(settings, ids.shape[1])
+        )
+        ends = np.cumsum([place.stop - place.start for place in places])
+        if not bool(found.isfinite().all()):
+            raise ValueError(f"{title}: a loss is not finite: the model has diverged, or needs another dtype")
+        for place, values in zip(places, np.split(found.float().cpu().numpy(), ends[:-1]), strict=True):
+            losses[place] = values
+        scored += int(ends[-1])
+        seconds = time.monotonic() - began
+        display.update(
+            f"{title}: {done / windows.num_scored:.0%} of {windows.num_scored:,} tokens, {scored / seconds:,.0f}/s"
+        )
+    losses.flush()  # type: ignore[attr-defined]
+    return losses, time.monotonic() - began, scored
+
+
+def _segment(settings: PerplexitySettings, length: int) -> int | None:
+    return settings.segment if settings.segment is not None and length > settings.segment else None
+
+
+def batches(windows: Windows, size: int | None) -> list[NDArray[np.int64]]:
+    """Numbers of the windows to run together: those of like length, the longest first."""
+    lengths = windows.stop - windows.start
+    order = np.argsort(-lengths, kind="stable")
+    found, begin = [], 0
+    while begin < len(order):
+        count = size or max(1, TOKENS_PER_BATCH // int(lengths[order[begin]]))
+        found.append(order[begin : begin + count])
+        begin += count
+    return found
+
+
+def rows(text: Text, windows: Windows, batch: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The windows of a batch as ids and labels ``[B, T]``, filled up on the right; -100 for what is context only."""
+    length = int((windows.stop[batch] - windows.start[batch]).max()) - 1
+    ids = np.zeros((len(batch), length), np.int64)
+    labels = np.full((len(batch), length), IGNORED, np.int64)
+    for row, number in enumerate(batch):
+        start, first, stop = (int(x[number]) for x in (windows.start, windows.first, windows.stop))
+        ids[row, : stop - 1 - start] = text.tokens[start : stop - 1]
+        labels[row, first - 1 - start : stop - 1 - start] = text.tokens[first:stop]
+    return torch.from_numpy(ids), torch.from_numpy(labels)
+
+
+def summary(losses: NDArray[np.float32], text: Text, windows: Windows) -> Results:
+    """Mean loss, perplexity and bits per byte.
+
+    Bits per byte leaves the ends of documents out, which stand for no byte, and the bytes of tokens that are not
+    predicted, the first of each document.
+    """
+    firsts = np.zeros(len(text.tokens), bool)
+    firsts[text.starts] = True
+    scored = np.array(losses[~firsts], np.float64)
+    assert len(scored) == windows.num_scored
+    assert not (scored == PENDING).any()
+    of_text = text.is_text(text.tokens[~firsts])
+    loss, num_bytes = float(scored.mean()), text.bytes_after_first()
+    return {
+        "count": len(windows),
+        "tokens_scored": len(scored),
+        "tokens_read": windows.num_read,
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": float(scored[of_text].sum() / math.log(2) / num_bytes) if num_bytes else None,
+    }
+
+
+def by_position(losses: NDArray[np.float32], windows: Windows, settings: PerplexitySettings) -> Results:
+    """Mean loss of predictions by how many tokens they saw, in parts of the training length."""
+    assert settings.train_length is not None
+    train_length, length = settings.train_length, settings.train_length * settings.beyond
+    table = np.stack([losses[first : first + length] for first in windows.first]).astype(np.float64)
+    assert not (table == PENDING).any()
+
+    def mean(start: int, stop: int) -> Results:
+        each = table[:, start:stop].mean(1)
+        error = float(each.std(ddof=1) / math.sqrt(len(each))) if len(each) > 1 else None
+        return {"start": start, "stop": stop, "loss": float(each.mean()), "standard_error": error}
+
+    width = max(1, train_length // POSITION_BUCKETS)
+    return {
+        "train_length": train_length,
+        "windows": len(windows),
+        "multiples": [mean(start, start + train_length) for start in range(0, length, train_length)],
+        "buckets": [mean(start, min(start + width, length)) for start in range(0, length, width)],
+    }

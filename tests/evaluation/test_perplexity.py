@@ -1,0 +1,381 @@
+"""Losses by context and by position are those of the definition, whatever the batches, segments and interruptions."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM
+from typer.testing import CliRunner
+
+from m2rnn import cli
+from m2rnn.data.batches import PackedBatches
+from m2rnn.data.run_folder import RunFolderError
+from m2rnn.data.token_files import TokenDataset
+from m2rnn.evaluation import perplexity
+from m2rnn.evaluation.language_model import load_model, short_names, token_losses
+from m2rnn.evaluation.perplexity import PerplexitySettings, evaluate_perplexity
+from m2rnn.evaluation.perplexity_report import table
+from m2rnn.evaluation.text import bytes_of_tokens
+from tests.data.text import prepared
+from tests.evaluation.models import TEXTS, byte_documents, naive_loss, save, tokenizer_of, write_texts
+from tests.models.small import CONFIGS, make
+
+LONG = "".join(chr(97 + (n * n + n // 3) % 26) for n in range(70))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("models") / "hybrid")
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_texts(tmp_path / "texts.jsonl")
+
+
+def evaluate(model, data, out, **settings):
+    folders = model if isinstance(model, list) else [model]
+    return evaluate_perplexity(folders, str(data), PerplexitySettings(**settings), out)
+
+
+def only(results):
+    (model,) = results["models"].values()
+    return model
+
+
+def losses_in(out):
+    """The losses of each measurement, by name."""
+    return {path.name.split(".")[-2]: np.fromfile(path, "<f4") for path in (out / "losses").glob("*.f32")}
+
+
+def sliding_start(begin, token, context, stride):
+    return begin + max(0, -(-(token - begin - context) // stride)) * stride
+
+
+@pytest.mark.parametrize(
+    ("settings", "start_of"),
+    [
+        ({"contexts": (8,), "stride": 3}, lambda begin, token: sliding_start(begin, token, 8, 3)),
+        ({"contexts": (5,), "stride": 5}, lambda begin, token: sliding_start(begin, token, 5, 5)),
+        ({"contexts": (None,)}, lambda begin, token: begin),
+        ({"contexts": (8,), "windows": "packed"}, lambda begin, token: max(begin, (token - 1) // 8 * 8)),
+    ],
+    ids=["sliding", "apart", "full", "packed"],
+)
+def test_every_loss_is_that_of_the_definition(tmp_path, model, data, settings, start_of):
+    results = only(evaluate(model, data, tmp_path / "out", **settings))
+    (found,) = losses_in(tmp_path / "out").values()
+    loaded = AutoModelForCausalLM.from_pretrained(model).eval()
+    tokens = [token for document in byte_documents() for token in document]
+    expected, begin = np.full(len(tokens), -1.0), 0
+    for document in byte_documents():
+        for token in range(begin + 1, begin + len(document)):
+            expected[token] = naive_loss(loaded, tokens[start_of(begin, token) : token + 1])
+        begin += len(document)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    (row,) = results["contexts"]
+    scored = expected[expected >= 0]
+    assert row["tokens_scored"] == len(scored) == len(tokens) - len(byte_documents())
+    assert row["loss"] == pytest.approx(scored.mean(), rel=1e-6)
+    assert row["perplexity"] == pytest.approx(math.exp(scored.mean()), rel=1e-6)
+    of_text = [loss for loss, token in zip(expected, tokens, strict=True) if loss >= 0 and token != 0xFF]
+    assert results["text"]["bytes_scored"] == len(of_text)  # a byte a token
+    assert row["bits_per_byte"] == pytest.approx(sum(of_text) / len(of_text) / math.log(2), rel=1e-6)
+
+
+def test_packed_windows_give_the_loss_of_training_on_packed_batches(tmp_path, model):
+    tokens = prepared(tmp_path, TEXTS)
+    found = only(evaluate(model, tokens.folder, tmp_path / "out", contexts=(8,), windows="packed", split="train"))
+    loaded = AutoModelForCausalLM.from_pretrained(model).eval()
+    total = count = 0
+    with torch.no_grad():
+        for batch in PackedBatches(tokens, 8, 2, seed=None):
+            labelled = int((batch["shift_labels"] != -100).sum())
+            total += float(loaded(**batch).loss) * labelled if labelled else 0
+            count += labelled
+    assert count == found["contexts"][0]["tokens_scored"]
+    assert found["contexts"][0]["loss"] == pytest.approx(total / count, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_the_batch_does_not_change_the_losses(tmp_path, model, data, dtype):
+    found = []
+    for batch in (1, 3, None):
+        out = tmp_path / str(batch)
+        evaluate(model, data, out, contexts=(8, None), stride=3, batch=batch, dtype=dtype)
+        found.append(losses_in(out))
+    for other in found[1:]:
+        for name, losses in found[0].items():
+            np.testing.assert_allclose(other[name], losses, rtol=1e-7 if dtype == "float64" else 1e-5)
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "gpt2", "granite"])
+@pytest.mark.parametrize("segment", [1, 7, 30])
+def test_reading_in_segments_is_reading_at_once(tmp_path, name, segment):
+    folder = save(tmp_path, others()[name]() if name in others() else name)
+    loaded = load_model(folder, "cpu", "float64")
+    ids = torch.randint(255, (3, 31))
+    labels = torch.where(torch.rand(3, 31) < 0.7, torch.randint(255, (3, 31)), -100)
+    expected = token_losses(loaded, ids, labels)
+    logits = loaded.model(input_ids=ids, use_cache=False).logits
+    by_hand = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    torch.testing.assert_close(expected, by_hand[labels.flatten() != -100], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(token_losses(loaded, ids, labels, segment), expected, rtol=1e-11, atol=1e-11)
+
+
+def others():
+    small = {"vocab_size": 300, "bos_token_id": 254, "eos_token_id": 255}
+    gpt2 = GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, **small)
+    granite = GraniteConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        logits_scaling=4.0,
+        initializer_range=0.5,
+        **small,
+    )
+    return {
+        "gpt2": lambda: GPT2LMHeadModel(gpt2).double().eval(),
+        "granite": lambda: GraniteForCausalLM(granite).double().eval(),
+    }
+
+
+def test_a_model_that_changes_its_logits_after_the_head_is_noticed(tmp_path):
+    assert load_model(save(tmp_path / "gpt2", others()["gpt2"]()), "cpu").head is not None
+    assert load_model(save(tmp_path / "granite", others()["granite"]()), "cpu").head is None
+    assert load_model(save(tmp_path / "m2rnn", "m2rnn"), "cpu").head is not None
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, model, data, monkeypatch, kept):
+    settings = {"contexts": (8, 4), "stride": 3, "batch": 5, "dtype": "float32"}
+    whole = evaluate(model, data, tmp_path / "whole", **settings)
+    calls = 0
+
+    def count(*args):
+        nonlocal calls
+        calls += 1
+        if calls == kept + 1:
+            raise KeyboardInterrupt
+        return token_losses(*args)
+
+    monkeypatch.setattr(perplexity, "token_losses", count)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, data, tmp_path / "out", **settings)
+    resumed = evaluate(model, data, tmp_path / "out", **settings)
+    in_one_go = sum(len(perplexity.batches(m.windows, 5)) for m in planned(model, data, settings))
+    assert calls == in_one_go + 1  # one of them was interrupted, none repeated
+    for name, losses in losses_in(tmp_path / "whole").items():
+        np.testing.assert_array_equal(losses_in(tmp_path / "out")[name], losses)
+    for mine, theirs in zip(only(resumed)["contexts"], only(whole)["contexts"], strict=True):
+        assert {**mine, "seconds": 0, "tokens_per_second": 0} == {**theirs, "seconds": 0, "tokens_per_second": 0}
+    assert evaluate(model, data, tmp_path / "out", **settings) == resumed
+    assert calls == in_one_go + 1
+
+
+def planned(model, data, settings):
+    settings = PerplexitySettings(**settings)
+    return perplexity.measurements(perplexity.load_text(model, 300, str(data), settings), settings)
+
+
+def test_another_batch_may_finish_a_run_but_another_model_or_text_may_not(tmp_path, model, data, monkeypatch):
+    own = shutil.copytree(model, tmp_path / "own")
+    monkeypatch.setattr(perplexity, "token_losses", None)
+    with pytest.raises(TypeError):
+        evaluate(own, data, tmp_path / "out", batch=1)
+    monkeypatch.undo()
+    save(own, make("hybrid", vocab_size=300, hidden_size=32))
+    with pytest.raises(RunFolderError, match="models = "):
+        evaluate(own, data, tmp_path / "out", batch=1)
+    shutil.copytree(model, own, dirs_exist_ok=True)
+    evaluate(own, data, tmp_path / "out", batch=3)
+    write_texts(data, ["other"])
+    with pytest.raises(RunFolderError, match="text = "):
+        evaluate(own, data, tmp_path / "out", batch=3)
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_files_and_what_prepare_makes_of_them_give_the_same_results(tmp_path, data, tokenizer):
+    folder = save(tmp_path / "model", "m2rnn", tokenizer)
+    tokens = prepared(tmp_path, TEXTS, tokenizer=str(folder))
+    from_files = only(evaluate(folder, data, tmp_path / "of-files"))
+    from_tokens = only(evaluate(folder, tokens.folder, tmp_path / "of-tokens"))
+    assert from_files["text"] == from_tokens["text"]
+    assert from_files["text"]["bytes"] == sum(len(text.encode()) for text in TEXTS)
+    for one, other in zip(from_files["contexts"], from_tokens["contexts"], strict=True):
+        assert one["loss"] == other["loss"]
+        assert one["bits_per_byte"] == other["bits_per_byte"]
+
+
+def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(tmp_path, data):
+    uniform = make("m2rnn", vocab_size=300)
+    torch.nn.init.zeros_(uniform.lm_head.weight)
+    folder = save(tmp_path / "model", uniform, "bpe")
+    found = only(evaluate(folder, data, tmp_path / "out"))
+    assert found["contexts"][0]["perplexity"] == pytest.approx(300, rel=1e-6)
+    tokenizer = tokenizer_of("bpe").backend_tokenizer
+    tokenizer.encode_special_tokens = True
+    ids = [tokenizer.encode(text).ids for text in TEXTS if text]
+    num_bytes = sum(len(text.encode()) for text in TEXTS)
+    unpredicted = sum(len(tokenizer.id_to_token(document[0])) for document in ids)  # in characters that stand for bytes
+    bits = sum(len(document) - 1 for document in ids) * math.log2(300)
+    assert found["contexts"][0]["bits_per_byte"] == pytest.approx(bits / (num_bytes - unpredicted), rel=1e-6)
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_the_bytes_of_tokens_add_up_to_those_of_the_text(tokenizer):
+    tokenizer = tokenizer_of(tokenizer)
+    for text in TEXTS:
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert bytes_of_tokens(tokenizer)[ids].sum() == len(text.encode())
+    assert bytes_of_tokens(tokenizer)[tokenizer.all_special_ids].sum() == 0
+
+
+def test_the_loss_by_position_averages_windows_of_one_length(tmp_path, model):
+    texts = [LONG, "short", LONG[::-1] + LONG[:20]]
+    data = write_texts(tmp_path / "long.jsonl", texts)
+    found = only(evaluate(model, data, tmp_path / "out", contexts=(16,), train_length=8, beyond=4))["positions"]
+    loaded = AutoModelForCausalLM.from_pretrained(model).eval()
+    windows = [document[start : start + 33] for document in byte_documents(texts) for start in (0, 32)]
+    windows = [window for window in windows if len(window) == 33]
+    expected = np.array([[naive_loss(loaded, window[: n + 1]) for n in range(1, 33)] for window in windows])
+    assert found["windows"] == len(windows) == 4
+    assert [row["start"] for row in found["multiples"]] == [0, 8, 16, 24]
+    for row in [*found["multiples"], *found["buckets"]]:
+        part = expected[:, row["start"] : row["stop"]]
+        assert row["loss"] == pytest.approx(part.mean(), rel=1e-6)
+        assert row["standard_error"] == pytest.approx(part.mean(1).std(ddof=1) / 2, rel=1e-5)
+    assert [row["stop"] for row in found["buckets"]] == list(range(1, 33))
+    assert imread(tmp_path / "out" / "loss-by-position.png").size
+
+
+def test_joined_documents_are_read_as_one(tmp_path, model, data):
+    found = only(evaluate(model, data, tmp_path / "out", contexts=(None,), joined=True, documents=3))
+    tokens = [token for document in byte_documents()[:3] for token in document]
+    loaded = AutoModelForCausalLM.from_pretrained(model).eval()
+    expected = np.mean([naive_loss(loaded, tokens[: n + 1]) for n in range(1, len(tokens))])
+    assert found["contexts"][0]["loss"] == pytest.approx(expected, rel=1e-6)
+    assert found["text"]["bytes_scored"] == sum(len(text.encode()) for text in TEXTS[:4]) - 1
+
+
+def test_several_models_share_a_table_and_plots(tmp_path, data):
+    folders = [save(tmp_path / name / "model", name) for name in ("m2rnn", "rope")]
+    results = evaluate(folders, data, tmp_path / "out", contexts=(4, 16), train_length=5, beyond=4)
+    assert list(results["models"]) == ["m2rnn/model", "rope/model"]
+    lines = table(results).splitlines()
+    for name, model in results["models"].items():
+        for row in model["contexts"]:
+            cells = next(line.split() for line in lines if line.split()[:3] == [name, "sliding", str(row["context"])])
+            assert cells[5] == f"{row['loss']:.4f}"
+            assert cells[7] == f"{row['bits_per_byte']:.4f}"
+        assert any(f"{model['positions']['multiples'][2]['loss']:.4f}" in line for line in lines)
+    for plot in ("perplexity-by-context.png", "loss-by-position.png"):
+        assert imread(tmp_path / "out" / plot).size
+
+
+def test_a_name_is_the_end_of_the_path_that_tells_models_apart(tmp_path):
+    assert short_names([tmp_path / "a" / "model", tmp_path / "b" / "model"]) == ["a/model", "b/model"]
+    assert short_names([tmp_path / "a" / "model"]) == ["model"]
+    with pytest.raises(ValueError, match="the same model twice"):
+        short_names([tmp_path, tmp_path])
+
+
+def test_a_tokenizer_that_begins_texts_with_bos_does_so_and_all_bytes_count(tmp_path, data):
+    from tokenizers.processors import TemplateProcessing
+
+    folder = save(tmp_path / "model", "m2rnn", None)
+    tokenizer = tokenizer_of("bytes")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|bos|> $A", special_tokens=[("<|bos|>", 254)])
+    tokenizer.save_pretrained(folder)
+    found = only(evaluate(folder, data, tmp_path / "out", contexts=(None,)))
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    documents = [[0xFE, *document] for document in byte_documents()]
+    expected = [naive_loss(loaded, document[: n + 1]) for document in documents for n in range(1, len(document))]
+    assert found["contexts"][0]["loss"] == pytest.approx(np.mean(expected), rel=1e-6)
+    assert found["text"]["bytes_scored"] == sum(len(text.encode()) for text in TEXTS)
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, ["eval", *map(str, arguments)])
+
+
+def test_the_command_prints_the_table_or_the_results(tmp_path, model, data):
+    options = [model, "--data", data, "--out", tmp_path / "out", "--context", "8,full", "--device", "cpu"]
+    printed = run(*options)
+    assert printed.exit_code == 0, printed.output
+    assert [line.split()[2] for line in printed.stdout.splitlines()[1:3]] == ["8", "full"]
+    as_json = json.loads(run(*options, "--json").stdout)
+    assert as_json == json.loads((tmp_path / "out" / "results.json").read_text())
+
+
+MISTAKES = {
+    "no model": (["{tmp}/nothing", "--data", "{data}"], "nothing is no folder"),
+    "no config": (["{tmp}", "--data", "{data}"], "has no config.json"),
+    "no text": (["{model}"], "nothing to evaluate"),
+    "no data": (["{model}", "--data", "{tmp}/nothing"], "no such file or folder"),
+    "empty text": (["{model}", "--data", "{empty}"], "empty"),
+    "only empty documents": (["{model}", "--data", "{blank}"], "every document is empty"),
+    "short context": (["{model}", "--data", "{data}", "--context", "1"], "context 1: expected"),
+    "odd context": (["{model}", "--data", "{data}", "--context", "8,many"], "context '8,many'"),
+    "context twice": (["{model}", "--data", "{data}", "--context", "8,8"], "context 8,8"),
+    "stride": (["{model}", "--data", "{data}", "--context", "8", "--stride", "9"], "stride 9"),
+    "packed stride": (["{model}", "--data", "{data}", "--windows", "packed", "--stride", "9"], "neither a stride"),
+    "windows": (["{model}", "--data", "{data}", "--windows", "some"], "windows 'some'"),
+    "batch": (["{model}", "--data", "{data}", "--batch", "0"], "batch 0"),
+    "dtype": (["{model}", "--data", "{data}", "--dtype", "int8"], "dtype 'int8'"),
+    "device": (["{model}", "--data", "{data}", "--device", "abacus"], "device 'abacus'"),
+    "too long": (["{model}", "--data", "{data}", "--train-length", "1000"], "no document has the 8,001 tokens"),
+    "twice": (["{model}", "{model}", "--data", "{data}"], "the same model twice"),
+    "no tokenizer": (["{bare}", "--data", "{data}"], "has no tokenizer"),
+    "vocabulary": (["{small}", "--data", "{data}"], "a vocabulary of 23 ids"),
+    "other tokenizer": (["{bpe}", "--data", "{tokens}"], "is not the tokenizer that made"),
+    "no weights": (["{headless}", "--data", "{data}"], "missing or of another shape"),
+    "damaged weights": (["{damaged}", "--data", "{data}"], "cannot be loaded"),
+    "positions": (["{gpt2}", "--data", "{data}", "--context", "33"], "learned positions for 32"),
+    "not finite": (["{nan}", "--data", "{data}"], "a loss is not finite"),
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, model):
+    """Folders and files with something wrong, by what it is."""
+    from safetensors.torch import load_file, save_file
+
+    tmp = tmp_path_factory.mktemp("mistakes")
+    places = {"tmp": tmp, "model": model, "data": write_texts(tmp / "data.jsonl")}
+    places["blank"] = write_texts(tmp / "blank.jsonl", ["", ""])
+    places["empty"] = tmp / "empty.txt"
+    places["empty"].write_text("")
+    places["tokens"] = prepared(tmp / "prepared", TEXTS).folder
+    places["bare"] = save(tmp / "bare", "m2rnn", None)
+    places["small"] = save(tmp / "small", make("m2rnn"))
+    places["bpe"] = save(tmp / "bpe", "m2rnn", "bpe")
+    places["gpt2"] = save(tmp / "gpt2", GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, n_positions=32)))
+    for name in ("headless", "damaged", "nan"):
+        places[name] = shutil.copytree(model, tmp / name)
+    weights = load_file(model / "model.safetensors")
+    (places["damaged"] / "model.safetensors").write_bytes(b"12345678 not tensors")
+    nan = {key: x * math.nan if key == "lm_head.weight" else x for key, x in weights.items()}
+    save_file(nan, places["nan"] / "model.safetensors", {"format": "pt"})
+    del weights["lm_head.weight"]
+    save_file(weights, places["headless"] / "model.safetensors", {"format": "pt"})
+    return places
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(tmp_path, places, mistake):
+    arguments, message = MISTAKES[mistake]
+    done = run(*(argument.format(**places) for argument in arguments), "--out", tmp_path / "out")
+    assert done.exit_code == 2, done.output
+    assert message in done.stderr.splitlines()[-1]
+    assert isinstance(done.exception, SystemExit)
+
+
+def test_a_model_without_tokenizer_reads_what_prepare_made(tmp_path, places):
+    found = only(evaluate(places["bare"], places["tokens"], tmp_path / "out"))
+    assert found["text"]["tokens"] == TokenDataset(places["tokens"]).num_tokens
