@@ -1,0 +1,191 @@
+"""Completions are those of greedy decoding by hand, streamed as text alone, and the same in any batch."""
+
+import json
+import re
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+from typer.testing import CliRunner
+
+from m2rnn import cli
+from m2rnn.evaluation.generation import GenerationSettings, _Stream, complete, complete_all, memory, read_prompts
+from m2rnn.evaluation.language_model import load_model, load_model_tokenizer
+from tests.evaluation.models import TEXTS, save, tokenizer_of
+from tests.models.small import CONFIGS
+
+GREEDY = GenerationSettings(max_new_tokens=12, temperature=0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("models") / "hybrid")
+
+
+def loaded(folder):
+    tokenizer = load_model_tokenizer(folder)
+    assert tokenizer is not None
+    return load_model(folder, "cpu"), tokenizer
+
+
+@torch.no_grad()
+def greedy(model, ids, tokens):
+    """By the definition: all of the text again for each token."""
+    for _ in range(tokens):
+        ids = [*ids, int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())]
+    return ids[-tokens:]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("static", [False, True])
+def test_a_completion_is_what_greedy_decoding_by_hand_gives(tmp_path, name, static):
+    model, tokenizer = loaded(save(tmp_path, name))
+    settings = GenerationSettings(max_new_tokens=12, temperature=0, ignore_eos=True, static=static)
+    pieces: list[str] = []
+    done, speed = complete(model, tokenizer, "one two", settings, pieces.append)
+    expected = greedy(model.model, list(b"one two"), 12)
+    assert done.completion == tokenizer.decode(expected, skip_special_tokens=True) == "".join(pieces)
+    assert (done.prompt_tokens, done.new_tokens, speed.tokens) == (7, 12, 12)
+
+
+def test_a_batch_gives_each_prompt_its_own_completion(tmp_path, folder):
+    model, tokenizer = loaded(folder)
+    prompts = ["one", "", "two three four, five", "ünï", "x"]
+    for batch in (1, 3, 5):
+        complete_all(model, tokenizer, prompts, GREEDY, batch, tmp_path / f"{batch}.jsonl")
+        lines = [json.loads(line) for line in (tmp_path / f"{batch}.jsonl").read_text().splitlines()]
+        assert [line["prompt"] for line in lines] == prompts
+        for line in lines:
+            expected = greedy(model.model, list(line["prompt"].encode()) or [0xFE], 12)
+            assert line["completion"] == tokenizer.decode(expected, skip_special_tokens=True)
+            assert line["new_tokens"] == 12
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_completion_ends_with_eos(tmp_path):
+    model, tokenizer = loaded(save(tmp_path, vocab_size=256))
+    third = greedy(model.model, list(b"one"), 3)[2]
+    assert third not in greedy(model.model, list(b"one"), 2)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(third)
+    settings = GenerationSettings(max_new_tokens=12, temperature=0)
+    assert complete(model, tokenizer, "one", settings)[0].new_tokens == 3
+    complete_all(model, tokenizer, ["one", "two three"], settings, 2, tmp_path / "out.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["new_tokens"] for line in lines] == [
+        3,
+        complete(model, tokenizer, "two three", settings)[0].new_tokens,
+    ]
+
+
+def test_the_seed_decides_what_is_sampled(folder):
+    def sample(**settings):
+        return complete(model, tokenizer, "one", GenerationSettings(max_new_tokens=20, **settings))[0].completion
+
+    model, tokenizer = loaded(folder)
+    assert sample(seed=1) == sample(seed=1)
+    assert len({sample(seed=seed) for seed in range(4)}) == 4
+    assert sample(top_k=1) == sample(temperature=0) == sample(top_p=1e-6) == sample(min_p=1.0)
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe"])
+def test_streamed_text_is_the_decoded_text_even_if_it_is_no_utf8(name):
+    tokenizer = tokenizer_of(name)
+    texts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    for ids in [*texts, [0xE6, 0xBC], [0xC3, 65, 0x80, 0x80], torch.randint(256, (200,)).tolist()]:
+        pieces: list[str] = []
+        stream = _Stream(tokenizer, pieces.append)
+        for value in (torch.tensor([[1, 2]]), *(torch.tensor([token]) for token in ids)):
+            stream.put(value)
+        stream.end()
+        assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "constant", "each"),
+    [
+        ("rope", 0, 2 * 2 * 2 * 4 * 8),  # layers, keys and values, heads, width, bytes
+        ("m2rnn", None, 0),
+        ("hybrid", None, 2 * 2 * 4 * 8),
+    ],
+)
+def test_the_memory_of_a_sequence_is_that_of_its_cache(tmp_path, name, constant, each):
+    model, _ = loaded(save(tmp_path, name))
+    found = memory(model)
+    assert found[1] == each
+    with torch.inference_mode():
+        cache = model.model(input_ids=torch.zeros(1, 50, dtype=torch.int64), use_cache=True).past_key_values
+    tensors = [x for layer in cache.layers for x in layer.state if x is not None]
+    assert found[0] + 50 * each == sum(x.numel() * x.element_size() for x in tensors)
+    assert constant in (None, found[0])
+
+
+def test_the_cache_of_another_model_is_counted_too(tmp_path):
+    config = GPT2Config(vocab_size=300, n_embd=16, n_layer=3, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2)
+    model, tokenizer = loaded(save(tmp_path, GPT2LMHeadModel(config)))
+    assert memory(model) == (0, 3 * 2 * 16 * 4)
+    with pytest.raises(ValueError, match="learned positions for 32 tokens"):
+        complete(model, tokenizer, "x" * 30, GREEDY)
+
+
+def run(*arguments, text=None):
+    return CliRunner().invoke(cli.app, ["generate", *map(str, arguments)], input=text)
+
+
+def test_standard_output_is_the_text_alone(tmp_path, folder):
+    model, tokenizer = loaded(folder)
+    expected = complete(model, tokenizer, "one two", GREEDY)[0].completion
+    (tmp_path / "prompt.txt").write_text("one two")
+    options = ["--temperature", 0, "--max-new-tokens", 12, "--ignore-eos", "--device", "cpu"]
+    for done in (
+        run(folder, "one two", *options),
+        run(folder, "--file", tmp_path / "prompt.txt", *options),
+        run(folder, *options, text="one two"),
+    ):
+        assert done.exit_code == 0, done.output
+        assert done.stdout == expected
+        said = done.stderr.splitlines()
+        assert re.fullmatch(r"12 tokens in .* s: the first after .* s, then .* tokens/s", said[-2])
+        constant, each = memory(model)
+        assert said[-1].endswith(f"{each:,} bytes a token: {constant + 19 * each:,} bytes after 19 tokens")
+
+
+def test_prompts_come_from_json_lines_or_lines(tmp_path, folder):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "one\\ntwo"}\n\n{"prompt": "x", "id": 3}\n')
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    assert read_prompts(tmp_path / "prompts.jsonl") == ["one\ntwo", "x"]
+    assert read_prompts(tmp_path / "prompts.txt") == ["one", "two"]
+    done = run(folder, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out.jsonl", "--max-new-tokens", 3)
+    assert done.exit_code == 0, done.output
+    assert done.stdout == ""
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+    for text in ("{}", "[", '{"prompt": 3}', ""):
+        (tmp_path / "bad.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=r"bad\.jsonl"):
+            read_prompts(tmp_path / "bad.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-new-tokens", "0"], "max_new_tokens 0: expected at least 1"),
+        (["--temperature", "-1"], "temperature -1.0"),
+        (["--top-p", "0"], "top_p 0.0"),
+        (["--top-k", "0"], "top_k 0"),
+        (["--min-p", "2"], "min_p 2.0"),
+        (["--repetition-penalty", "0"], "repetition_penalty 0.0"),
+        (["--file", "x"], "give one of a prompt, --file and --prompts"),
+        (["--out", "x"], "--prompts and --out belong together"),
+        (["--device", "abacus"], "device 'abacus'"),
+    ],
+)
+def test_a_mistake_is_one_line(folder, options, message):
+    done = run(folder, "one", *options)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert isinstance(done.exception, SystemExit)
+
+
+def test_a_model_needs_its_tokenizer(tmp_path):
+    done = run(save(tmp_path, "m2rnn", None), "one")
+    assert done.exit_code == 2
+    assert "has no tokenizer" in done.stderr
