@@ -349,10 +349,17 @@ def evaluate(
         str | None,
         typer.Option(help="Text: a file (text, JSON lines, Parquet), a folder of files, or what m2rnn prepare made."),
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Benchmarks of lm-eval instead, e.g. lambada_openai,longbench,ruler.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the results; the same command resumes.")] = Path("runs/eval"),
     context: Annotated[
-        str, typer.Option(help="Most tokens that a prediction sees, e.g. 1024,4096,full; full is the whole document.")
-    ] = "1024",
+        str | None,
+        typer.Option(
+            help="Most tokens that a prediction sees, e.g. 1024,4096,full; full is the whole document. Default 1024. "
+            "With --tasks, lengths of the tasks made in any length (RULER)."
+        ),
+    ] = None,
     windows: Annotated[
         str, typer.Option(help="sliding over each document, or packed: documents end to end, cut as in training.")
     ] = "sliding",
@@ -378,15 +385,22 @@ def evaluate(
         str, typer.Option(help="Of the weights: float32, bfloat16, float16, float64, or auto: as in the checkpoint.")
     ] = "auto",
     batch: Annotated[
-        int | None, typer.Option(help="Windows at a time; results do not depend on it. Default: 16,384 tokens' worth.")
+        int | None,
+        typer.Option(help="Windows at a time, default 16,384 tokens' worth, or requests of tasks, default 8."),
     ] = None,
     segment: Annotated[
         int, typer.Option(help="Longer windows are read so many tokens at a time, carrying the state; 0 for never.")
     ] = 8192,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with more tasks, as lm-eval's YAML files.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many documents of each task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question of a task.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Most tokens to read of a task's prompt; default the model's own limit, if any.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of the table.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Delete the results in the folder and start anew.")] = False,
 ) -> None:
-    """Measure how well models predict text: loss, perplexity, bits per byte.
+    """Measure how well models predict text: loss, perplexity, bits per byte; or run benchmarks.
 
     Every token but the first of a document is scored once, at each context length; no document sees another. Bits per
     byte compares models of different tokenizers. With --train-length, also the loss by position beyond it. Writes
@@ -397,6 +411,8 @@ def evaluate(
     m2rnn eval runs/a/model runs/b/model --data test.jsonl --context 512,2048,8192 --out runs/eval
 
     m2rnn eval runs/a/model --data data/corpus --train-length 2048 --beyond 8 --join
+
+    m2rnn eval runs/a/model --tasks lambada_openai,hellaswag --batch 16
     """
     import json
 
@@ -406,10 +422,33 @@ def evaluate(
     from m2rnn.training.display import Display
 
     with user_errors(f"interrupted; the same command goes on in {out}"):
-        if data is None:
-            raise ValueError("nothing to evaluate: name a text with --data")
+        if (data is None) == (tasks is None):
+            raise ValueError("expected one of --data, a text, and --tasks, benchmarks")
+        contexts = None if context is None else parse_contexts(context)
+        if tasks is not None:
+            from m2rnn.evaluation import harness
+
+            if contexts is not None and None in contexts:
+                raise ValueError("context full: tasks need numbers")
+            chosen = harness.TaskSettings(
+                tasks=tuple(tasks.split(",")),
+                include_path=None if include_path is None else str(include_path),
+                limit=limit,
+                num_fewshot=num_fewshot,
+                lengths=contexts,  # type: ignore[arg-type] # no None in it
+                max_length=max_length,
+                batch=batch if batch is not None else 8,
+                dtype=dtype,
+                device=device or default_device(),
+            )
+            with Display(sys.stderr) as display:
+                results = harness.evaluate_tasks(models, chosen, out, overwrite=overwrite, display=display)
+            typer.echo(json.dumps(results, indent=2) if as_json else harness.table(results))
+            typer.echo(f"\nresults and every answer: {out}", err=as_json)
+            return
+        assert data is not None
         settings = PerplexitySettings(
-            contexts=parse_contexts(context),
+            contexts=contexts or (1024,),
             windows=windows,  # type: ignore[arg-type] # checked by PerplexitySettings
             stride=stride,
             train_length=train_length,

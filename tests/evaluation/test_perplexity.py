@@ -316,7 +316,7 @@ def test_the_command_prints_the_table_or_the_results(tmp_path, model, data):
 MISTAKES = {
     "no model": (["{tmp}/nothing", "--data", "{data}"], "nothing is no folder"),
     "no config": (["{tmp}", "--data", "{data}"], "has no config.json"),
-    "no text": (["{model}"], "nothing to evaluate"),
+    "no text": (["{model}"], "expected one of --data"),
     "no data": (["{model}", "--data", "{tmp}/nothing"], "no such file or folder"),
     "empty text": (["{model}", "--data", "{empty}"], "empty"),
     "only empty documents": (["{model}", "--data", "{blank}"], "every document is empty"),
