@@ -38,6 +38,7 @@ def run(*arguments: object) -> Result:
             ["--out", "--tokenizer", "--valid-fraction", "--field", "--separator", "--on-error", "--processes"],
         ),
         ("eval", ["--data", "--context", "--windows", "--stride", "--train-length", "--join", "--segment", "--dtype"]),
+        ("eval", ["--tasks", "--include-path", "--limit", "--num-fewshot", "--max-length", "--batch", "--json"]),
         ("generate", ["prompt", "--file", "--prompts", "--max-new-tokens", "--temperature", "--seed", "--no-static"]),
         ("bench op", ["--out", "--shapes", "--backends", "--quick", "--no-sweep", "--device"]),
     ],
