@@ -5,12 +5,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import Trainer, TrainingArguments
 
 from m2rnn.data.batches import IGNORED, PackedBatches, only_batch, pack, sliding_windows
 from m2rnn.data.sources import DataError
 from m2rnn.data.token_files import TokenDataset
+from m2rnn.models import M2RNNConfig, M2RNNForCausalLM
 from tests.data.text import prepared
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=12)
@@ -172,3 +175,66 @@ def test_an_id_that_the_vocabulary_lacks_is_named(tmp_path):
         PackedBatches(damaged, 4, 3, None)[0]
     with pytest.raises(DataError, match=message):
         next(sliding_windows(damaged, 4, 4))
+
+
+def small_model() -> M2RNNForCausalLM:
+    torch.manual_seed(0)
+    config = M2RNNConfig(
+        vocab_size=256,
+        hidden_size=16,
+        mixers=["m2rnn", "attention"],
+        mixer_options={"m2rnn": {"num_heads": 2}, "attention": {"num_heads": 2}},
+        mlp_options={"swiglu": {"intermediate_size": 32}},
+    )
+    return M2RNNForCausalLM(config)
+
+
+def test_the_loss_of_a_batch_is_that_of_its_pieces_of_documents_alone(tmp_path):
+    data = documents(tmp_path, [5, 30, 1, 12, 20, 3])
+    model = small_model().double()
+    batches = PackedBatches(data, 16, 2, seed=0)
+    for number in range(len(batches)):
+        batch = batches[number]
+        total = 0.0
+        for start, stop in pairwise(batch["cu_seq_lens_q"].tolist()):
+            alone = model(batch["input_ids"][:, start:stop]).logits[0]
+            total += F.cross_entropy(alone, batch["shift_labels"][0, start:stop], ignore_index=IGNORED, reduction="sum")
+        count = (batch["shift_labels"] != IGNORED).sum()
+        torch.testing.assert_close(model(**batch).loss, total / count)
+
+
+class Recorded(PackedBatches):
+    """Remembers which batches were asked for."""
+
+    asked: list[int]
+
+    def __getitem__(self, batch: int) -> dict[str, torch.Tensor]:
+        self.asked.append(batch)
+        return super().__getitem__(batch)
+
+
+def test_trainer_reads_in_order_and_resumes_without_reading_what_it_skips(tmp_path):
+    data = documents(tmp_path, [40] * 8)
+    losses = {}
+    for resumed in (False, True):
+        batches = Recorded(data, 16, 2, seed=0, batches=8)
+        batches.asked = []
+        arguments = TrainingArguments(
+            str(tmp_path / "run"),
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=2,
+            max_steps=4,
+            train_sampling_strategy="sequential",
+            save_steps=2,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        trainer = Trainer(small_model(), arguments, train_dataset=batches, data_collator=only_batch)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2") if resumed else None)
+        losses[resumed] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert batches.asked == list(range(4 if resumed else 0, 8))
+    assert len(losses[False]) == 4
+    assert losses[True] == losses[False]
