@@ -2,15 +2,13 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from m2rnn.data.run_folder import (
     MODEL,
@@ -25,7 +23,7 @@ from m2rnn.evaluation.machine import hardware, versions
 from m2rnn.evaluation.track_report import write_plot
 from m2rnn.models import M2RNNForCausalLM
 from m2rnn.tasks.word_problem import Score
-from m2rnn.training.display import Display
+from m2rnn.training.display import Display, no_progress_bars
 from m2rnn.training.track import TrainingResult, build_config, train
 from m2rnn.training.track_settings import SettingsError, TrackSettings
 
@@ -159,15 +157,3 @@ def score_model(model: M2RNNForCausalLM, settings: TrackSettings, length: int) -
         logits = model(torch.from_numpy(inputs).to(model.device), use_cache=False).logits
         score.add(logits.argmax(-1).cpu().numpy(), targets)
     return score
-
-
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Without transformers' own progress bars, which would break into the display."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

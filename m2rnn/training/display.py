@@ -1,7 +1,8 @@
 """What a long run tells its user: a live line on a terminal, a plain line every few seconds anywhere else."""
 
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import IO, Self
 
@@ -44,3 +45,17 @@ class Display(AbstractContextManager["Display"]):
             self._stream.write(text + "\n")
             self._stream.flush()
             self._next_line = time.monotonic() + PLAIN_LINE_SECONDS
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Without transformers' own progress bars, which would break into the display."""
+    from transformers import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

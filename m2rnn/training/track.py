@@ -5,13 +5,7 @@ positions. Batches are a function of (seed, step), so weights, optimizer and `Pr
 a run.
 """
 
-import json
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,12 +13,14 @@ from typing import Literal
 import torch
 from torch.nn.functional import cross_entropy
 
-from m2rnn.data.run_folder import LOG, RunFolderError
+from m2rnn.data.run_folder import LOG
 from m2rnn.models import M2RNNConfig, M2RNNForCausalLM, presets
 from m2rnn.tasks.word_problem import Batch
 from m2rnn.training.checkpoint import load_checkpoint, save_checkpoint
 from m2rnn.training.curriculum import Curriculum, Progress
 from m2rnn.training.display import Display
+from m2rnn.training.interrupts import interrupts_noted
+from m2rnn.training.run_log import Log
 from m2rnn.training.track_settings import SettingsError, TrackSettings
 
 ADAM_BETAS = (0.9, 0.98)
@@ -141,44 +137,3 @@ def train_step(
         group["lr"] = learning_rate
     optimizer.step()
     return loss.item(), norm.item()
-
-
-class Log(AbstractContextManager["Log"]):
-    """A file of JSON lines without any clock in them, cut back to its first ``keep_bytes`` when opened."""
-
-    def __init__(self, path: Path, keep_bytes: int) -> None:
-        if keep_bytes and (not path.exists() or path.stat().st_size < keep_bytes):
-            raise RunFolderError(f"{path} is shorter than at the checkpoint: overwrite the run to start anew")
-        self._file = path.open("ab")
-        self._file.truncate(keep_bytes)
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def write(self, **values: float | None) -> None:
-        self._file.write(json.dumps(values).encode() + b"\n")
-
-    def size_on_disk(self) -> int:
-        """Force all lines to disk and return the bytes they take."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_size
-
-
-@contextmanager
-def interrupts_noted() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether Ctrl-C was pressed; a second Ctrl-C interrupts at once."""
-    noted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's business
-        yield noted.is_set
-        return
-
-    def note(signal_number: int, frame: object) -> None:
-        noted.set()
-        signal.signal(signal.SIGINT, previous)
-
-    previous = signal.signal(signal.SIGINT, note)
-    try:
-        yield noted.is_set
-    finally:
-        signal.signal(signal.SIGINT, previous)

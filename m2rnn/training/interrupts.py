@@ -1,0 +1,28 @@
+"""Ctrl-C, noted for the end of the step."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def interrupts_noted(signals: Sequence[signal.Signals] = (signal.SIGINT,)) -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether Ctrl-C was pressed, or another of ``signals`` came; the second one ends the
+    process at once."""
+    noted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's business
+        yield noted.is_set
+        return
+
+    def note(signal_number: int, frame: object) -> None:
+        noted.set()
+        signal.signal(signal_number, previous[signal_number])
+
+    previous: dict[int, Any] = {number: signal.signal(number, note) for number in signals}
+    try:
+        yield noted.is_set
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,370 @@
+"""Train a language model of a preset on token files: one process, or many under torchrun.
+
+    folder/
+        settings.json    what decides the run; the same command goes on with it
+        log.jsonl        loss, learning rate, gradient norms, tokens/s, MFU: a line a step
+        checkpoints/     see ``checkpoint``
+        tensorboard/     the same numbers, for TensorBoard
+        model/           the trained model with its tokenizer, for ``from_pretrained``
+        results.json, loss.png
+
+The batches are a function of (seed, step), whatever the number of processes. On a CPU, stopping and going on changes no
+bit as long as that number stays.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from signal import SIGINT, SIGTERM
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
+
+from m2rnn.data.batches import PackedBatches, only_batch
+from m2rnn.data.run_folder import (
+    CHECKPOINTS,
+    LOG,
+    MODEL,
+    RESULTS,
+    RunFolderError,
+    run_folder,
+    to_json,
+    whole_folder,
+    write_whole_file,
+)
+from m2rnn.data.token_files import TokenDataset
+from m2rnn.models import M2RNNConfig, M2RNNForCausalLM, presets
+from m2rnn.models.sizes import size_of
+from m2rnn.training.checkpoint import (
+    CheckpointError,
+    load_state,
+    newest_checkpoint,
+    raise_everywhere,
+    weights_on_first_process,
+)
+from m2rnn.training.display import Display, no_progress_bars
+from m2rnn.training.interrupts import interrupts_noted
+from m2rnn.training.monitor import NON_FINITE, Monitor
+from m2rnn.training.run_log import Log
+from m2rnn.training.throughput import Throughput, peak_flops
+from m2rnn.training.train_report import PLOT, machine, plan, write_plot
+from m2rnn.training.train_settings import SettingsError, TrainSettings
+from m2rnn.training.trainer import CheckpointingTrainer
+
+TENSORBOARD = "tensorboard"
+FILES = (CHECKPOINTS, MODEL, TENSORBOARD, LOG, RESULTS, PLOT, NON_FINITE)
+
+
+@dataclass
+class Stopped(Exception):
+    """A run was stopped after ``step`` steps and saved; by the user if ``interrupted``, else by its time limit."""
+
+    step: int
+    interrupted: bool
+
+
+def train(
+    settings: TrainSettings,
+    folder: Path,
+    *,
+    minutes: float | None = None,
+    overwrite: bool = False,
+    display: Display | None = None,
+) -> dict[str, Any]:
+    """Train in ``folder``, from its newest checkpoint if it holds one; return what results.json says.
+
+    Args:
+        minutes: stop, with a checkpoint, after that time.
+        overwrite: delete the run in the folder and start anew.
+        display: of the first process.
+
+    Raises:
+        SettingsError: for settings that cannot work together, or with this data or number of processes.
+        RunFolderError: if the folder is another run's, or in use.
+        CheckpointError: if a checkpoint cannot be written, or the newest cannot be read: nothing starts anew by itself.
+        NonFiniteError: for a NaN or an infinity in the loss or a gradient; the weights stay as they were.
+        Stopped: after Ctrl-C, SIGTERM or ``minutes``; the same call goes on.
+    """
+    data = TokenDataset(settings.data)
+    config = build_config(settings, data)
+    args = training_arguments(settings, folder)
+    accumulation = settings.accumulation(args.world_size)
+    first = args.process_index == 0
+    display = display if display is not None and first else Display()
+    identity = settings.deciding() | {"tokens": tokens_hash(data)}
+    with ExitStack() as stack:
+        stack.enter_context(_held(folder, identity, overwrite, first))
+        found = newest_checkpoint(folder)
+        saved = None if found is None else load_state(found)
+        if saved is not None and saved["settings"] != identity:
+            raise CheckpointError(f"{found} belongs to a run with other settings: delete it to go on without it")
+        display.say(f"building {settings.preset}" + (f", to go on from {found.name}" if found else ""))
+        model = build_model(settings, config, empty=bool(args.fsdp) and not first)
+        batches = PackedBatches(
+            data,
+            settings.context,
+            settings.micro_batch_size,
+            settings.seed,
+            batches=settings.steps * accumulation * args.world_size,
+        )
+        peak = peak_flops(args.device)
+        throughput = Throughput(
+            settings.context * settings.batch_size,
+            size_of(config, settings.context).training_flops,
+            None if peak is None else peak * args.world_size,
+        )
+        log = stack.enter_context(Log(folder / LOG, saved["log_bytes"] if saved else 0)) if first else None
+        interrupted = stack.enter_context(interrupts_noted((SIGINT, SIGTERM)))
+        monitor = Monitor(
+            settings,
+            folder,
+            config,
+            batches,
+            accumulation,
+            throughput,
+            display,
+            log,
+            interrupted,
+            minutes,
+            saved["monitor"] if saved else None,
+        )
+        trainer = CheckpointingTrainer(
+            folder=folder,
+            keep_checkpoints=settings.keep_checkpoints,
+            autocast=is_bfloat16(settings, args.device),
+            run_state=lambda: {"settings": identity, **monitor.state()},
+            entries=monitor.entries,
+            model=model,
+            args=args,
+            train_dataset=batches,
+            data_collator=only_batch,
+            callbacks=[monitor, *_writers(settings, folder, first)],
+        )
+        monitor.trainer = trainer
+        trainer.remove_callback(PrinterCallback)
+        if args.fsdp:
+            if not trainer.is_fsdp_enabled:
+                raise SettingsError("fsdp true: accelerate shards over GPUs only, expected false on a CPU")
+            _set_fsdp_precision(trainer, settings)
+        trainer.train(resume_from_checkpoint=None if found is None else str(found))
+        step = trainer.state.global_step
+        if step < settings.steps:
+            raise Stopped(step, interrupted())
+        seconds = monitor.seconds
+        display.say("measuring the loss on the validation split")
+        valid = validate(trainer, settings, data)
+        display.say("writing the model")
+        _write_model(trainer, config, data, folder)
+        speed = throughput.mean if throughput.steps else None
+        results = {
+            "settings": settings.as_json(),
+            "parameters": size_of(config, settings.context).parameters,
+            "steps": step,
+            "tokens": step * throughput.tokens,
+            "loss": sum(monitor.last_losses) / len(monitor.last_losses),
+            "loss_steps": len(monitor.last_losses),
+            "valid": valid,
+            "spikes": monitor.spikes,
+            "seconds": round(seconds, 2),
+            "tokens_per_second": speed,
+            "mfu": None if speed is None else throughput.utilisation(speed),
+            "machine": machine(args.device, args.world_size),
+        }
+        if first:
+            write_plot(folder)
+            write_whole_file(folder / RESULTS, to_json(results))
+        raise_everywhere(None)  # wait until the first process has written everything
+    return results
+
+
+def dry_run(settings: TrainSettings) -> str:
+    """What ``train`` would do with these settings and this number of processes."""
+    data = TokenDataset(settings.data)
+    config = build_config(settings, data)
+    args = training_arguments(settings, Path())
+    return plan(settings, config, data, args.world_size, is_bfloat16(settings, args.device))
+
+
+def leave_process_group() -> None:
+    """End what torchrun's processes share, if anything."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def build_config(settings: TrainSettings, data: TokenDataset) -> M2RNNConfig:
+    """The preset with the settings' overrides, and the vocabulary of the data.
+
+    Raises:
+        SettingsError: if there is no such model, or it has fewer ids than the data.
+    """
+    special = {
+        "vocab_size": data.vocab_size,
+        "eos_token_id": data.eos_token_id,
+        "pad_token_id": data.pad_token_id,
+        "bos_token_id": data.manifest["tokenizer"].get("bos_token_id"),
+    }
+    for name in settings.model:
+        if not hasattr(M2RNNConfig(), name):  # a Hugging Face config would take and ignore it
+            raise SettingsError(f"model.{name}: expected a field of M2RNNConfig, such as hidden_size")
+    try:
+        config = presets.get(settings.preset, **(special | settings.model))
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"preset {settings.preset!r}: {error}") from error
+    if config.vocab_size < data.vocab_size:
+        raise SettingsError(f"model.vocab_size {config.vocab_size}: {data.folder} has {data.vocab_size:,} token ids")
+    return config
+
+
+def build_model(settings: TrainSettings, config: M2RNNConfig, empty: bool = False) -> M2RNNForCausalLM:
+    """A new model, whose weights are determined by the seed; memory that nobody wrote if ``empty``."""
+    with torch.device("meta") if empty else nullcontext(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = M2RNNForCausalLM(config)
+        model.train()
+    if empty:  # accelerate tells parameters apart by their addresses, which those on meta do not have
+        model.to_empty(device="cpu")
+    if settings.checkpoint_activations:
+        # The older name warns in new versions of transformers, which have the newer one.
+        name = "activation_checkpointing_enable"
+        enable: Callable[..., None] = getattr(model, name, model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    if settings.compile:
+        for block in model.model.layers:
+            block.compile()
+    return model
+
+
+def training_arguments(settings: TrainSettings, folder: Path) -> TrainingArguments:
+    """Trainer's arguments; making them starts the process group under torchrun."""
+    on_gpu = settings.device != "cpu" and torch.cuda.is_available()
+    if settings.device == "cuda" and not on_gpu:
+        raise SettingsError("device 'cuda': there is none here, expected cpu or auto")
+    distributed = "RANK" in os.environ  # torchrun's
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=1,  # an item of PackedBatches is a batch
+        train_sampling_strategy="sequential",
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": settings.min_learning_rate},
+        warmup_steps=settings.warmup_steps,
+        optim="adamw_torch_fused" if on_gpu else "adamw_torch",
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_epsilon=settings.epsilon,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=0.0,  # the monitor clips: it needs the norms from before
+        use_cpu=not on_gpu,
+        bf16=False,  # the trainer's own autocast
+        fsdp=settings.fsdp and distributed,  # type: ignore[arg-type] # its documentation: a bool
+        fsdp_config={
+            "version": 2,
+            "transformer_layer_cls_to_wrap": ["M2RNNBlock"],
+            "reshard_after_forward": settings.fsdp_reshard,
+            "cpu_ram_efficient_loading": True,
+        }
+        if settings.fsdp and distributed
+        else None,
+        ddp_find_unused_parameters=False,
+        ddp_backend="gloo" if distributed and not on_gpu else None,
+        dataloader_pin_memory=on_gpu,
+        remove_unused_columns=False,
+        logging_steps=settings.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="no",  # the monitor says when
+        report_to=[name for name in settings.report_to if name != TENSORBOARD],
+        disable_tqdm=True,
+        seed=settings.seed,
+    )
+    args.gradient_accumulation_steps = settings.accumulation(args.world_size)
+    return args
+
+
+def is_bfloat16(settings: TrainSettings, device: torch.device) -> bool:
+    return settings.precision == "bfloat16" or (settings.precision == "auto" and device.type == "cuda")
+
+
+def tokens_hash(data: TokenDataset) -> str:
+    """What the training tokens are, wherever their folder lies."""
+    found: str = data.manifest["splits"][data.split]["tokens_sha256"]
+    return found
+
+
+@torch.no_grad()
+def validate(trainer: CheckpointingTrainer, settings: TrainSettings, data: TokenDataset) -> dict[str, float] | None:
+    """The mean loss over the first sequences of the split ``valid``; None if there is none."""
+    if settings.valid_sequences == 0 or "valid" not in data.manifest["splits"]:
+        return None
+    valid = TokenDataset(data.folder, "valid")
+    batches = PackedBatches(valid, settings.context, settings.micro_batch_size, seed=None)
+    count = min(len(batches), max(1, settings.valid_sequences // settings.micro_batch_size))
+    processes, process, device = trainer.args.world_size, trainer.args.process_index, trainer.args.device
+    model = trainer.model_wrapped
+    model.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device="cpu")
+    for start in range(0, count, processes):
+        number = start + process
+        # All take part in each forward pass, since sharded weights are gathered by all.
+        batch = {key: value.to(device) for key, value in batches[min(number, count - 1)].items()}
+        with trainer.compute_loss_context_manager():
+            loss = model(**batch, num_items_in_batch=1, logits_to_keep=1, use_cache=False).loss
+        if number < count:
+            totals += torch.tensor([loss.item(), (batch["labels"] != -100).sum().item()], dtype=torch.float64)
+    summed = trainer.accelerator.reduce(totals.float().to(device), "sum").tolist()
+    loss = summed[0] / summed[1]
+    return {"loss": loss, "perplexity": math.exp(loss), "tokens": int(summed[1])}
+
+
+def _set_fsdp_precision(trainer: CheckpointingTrainer, settings: TrainSettings) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    gathered = torch.bfloat16 if settings.fsdp_bfloat16 else None
+    policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32)
+    trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+
+
+def _writers(settings: TrainSettings, folder: Path, first: bool) -> list[TrainerCallback]:
+    if TENSORBOARD not in settings.report_to or not first:
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+
+    return [TensorBoardCallback(SummaryWriter(folder / TENSORBOARD))]
+
+
+def _write_model(trainer: CheckpointingTrainer, config: M2RNNConfig, data: TokenDataset, folder: Path) -> None:
+    assert trainer.model is not None
+    weights = weights_on_first_process(trainer.model)
+    failure = None
+    if trainer.is_world_process_zero():
+        with torch.device("meta"):
+            model = M2RNNForCausalLM(config)
+        try:
+            with no_progress_bars(), whole_folder(folder / MODEL) as partial:
+                model.save_pretrained(partial, state_dict=weights)
+                data.load_tokenizer().save_pretrained(partial)
+                if (folder / MODEL).exists():  # of an earlier end of this run
+                    shutil.rmtree(folder / MODEL)
+        except OSError as error:
+            failure = f"cannot write {folder / MODEL}: {error}. The checkpoint is whole: make room, run again"
+    raise_everywhere(failure)
+
+
+@contextmanager
+def _held(folder: Path, identity: dict[str, Any], overwrite: bool, first: bool) -> Iterator[None]:
+    """The run's folder, held by the first process for all."""
+    with ExitStack() as stack:
+        failure = None
+        if first:
+            try:
+                stack.enter_context(run_folder(folder, identity, overwrite, FILES))
+            except RunFolderError as error:
+                failure = str(error)
+        raise_everywhere(failure, RunFolderError)
+        yield

@@ -1,0 +1,112 @@
+"""transformers' Trainer with checkpoints of our own, which are whole and hold no pickle.
+
+Trainer keeps the loop, data loader, devices, DDP, FSDP2, schedule and integrations. Replaced is only what reads and
+writes checkpoints (it pickles the optimizer, the scheduler and the random state), and how bfloat16 comes in: accelerate
+would use autocast with DDP, but bfloat16 weights with FSDP, which gives another residual stream and other decay
+parameters.
+
+Random numbers of a step depend on (seed, step, process) alone, so that there is no random state to save.
+"""
+
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from m2rnn.training.checkpoint import load_optimizer, load_state, load_weights, save_checkpoint
+
+TRAINER_STATE = "trainer_state.json"  # the name that Trainer reads
+
+
+class CheckpointingTrainer(Trainer):
+    """Trainer for ``M2RNNForCausalLM``.
+
+    Args:
+        folder: of the run, for its checkpoints.
+        keep_checkpoints: how many.
+        autocast: whether to compute in bfloat16; weights, gradients and moments are float32 all the same.
+        run_state: what else a checkpoint must hold, for JSON; called in the first process.
+        entries: what to add to a log entry.
+        **options: Trainer's own.
+
+    Attributes:
+        losses: of the micro-batches since ``losses`` was last cleared, each its share of the step's mean, times the
+            number of processes.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        keep_checkpoints: int,
+        autocast: bool,
+        run_state: Callable[[], dict[str, Any]],
+        entries: Callable[[], dict[str, float]],
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.folder, self.keep_checkpoints, self.autocast = folder, keep_checkpoints, autocast
+        self.run_state, self.entries = run_state, entries
+        self.losses: list[Tensor] = []
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Weight decay for matrices and the like, embedding and head included.
+
+        None for vectors (norms, biases) and for what the model spares: ``A_log``, ``dt_bias``, ``D``.
+        """
+        spared: set[str] = model.no_weight_decay()  # type: ignore[operator]
+        return [name for name, weight in model.named_parameters() if weight.dim() > 1 and name not in spared]
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        context = ExitStack()
+        context.enter_context(torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.autocast))
+        return context
+
+    def training_step(self, *arguments: Any, **options: Any) -> Tensor:
+        loss: Tensor = super().training_step(*arguments, **options)
+        self.losses.append(loss)
+        return loss
+
+    def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
+        super().log(logs | self.entries() if "loss" in logs else logs, *arguments, **options)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        scheduler = self.lr_scheduler
+        assert scheduler is not None
+        assert self.model is not None
+        first = self.is_world_process_zero()
+        save_checkpoint(
+            self.folder,
+            self.state.global_step,
+            self.model,
+            self.optimizer,  # type: ignore[arg-type] # accelerate's, which behaves like one
+            {"scheduler": scheduler.state_dict(), **(self.run_state() if first else {})},
+            files={TRAINER_STATE: json.dumps(asdict(replace(self.state, log_history=[])), indent=2).encode()},
+            keep=self.keep_checkpoints,
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        weights = self.model if model is None else model
+        assert weights is not None
+        load_weights(Path(resume_from_checkpoint), weights)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        scheduler, optimizer = self.lr_scheduler, self.optimizer
+        assert scheduler is not None
+        assert optimizer is not None
+        assert self.model is not None
+        load_optimizer(Path(checkpoint), self.model, optimizer)
+        scheduler.load_state_dict(load_state(Path(checkpoint))["scheduler"])
+        for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        pass  # a step seeds itself

@@ -1,0 +1,389 @@
+"""A training that was stopped, killed or moved goes on as if nothing had happened; what is wrong is named."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from m2rnn.cli import app
+from m2rnn.data.batches import PackedBatches
+from m2rnn.data.prepare import Settings, prepare
+from m2rnn.data.run_folder import RunFolderError, run_folder
+from m2rnn.data.token_files import TokenDataset
+from m2rnn.models import M2RNNForCausalLM
+from m2rnn.training.checkpoint import CheckpointError
+from m2rnn.training.monitor import Monitor, NonFiniteError, kind_of
+from m2rnn.training.train import Stopped, build_config, build_model, dry_run, train
+from m2rnn.training.train_settings import SettingsError, load_settings
+from m2rnn.training.trainer import CheckpointingTrainer
+from tests.training.train_and_kill import SETTINGS
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+FILES = (
+    "model-00000.safetensors",
+    "optimizer-00000.safetensors",
+    "state.json",
+    "trainer_state.json",
+    "checkpoint.json",
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text").mkdir()
+    for n in range(24):
+        text = "".join(chr(97 + (n * i) % 23) for i in range(10 + 3 * n))
+        (folder / "text" / f"{n}.txt").write_text("!" + text if n == 7 else text)
+    prepare(Settings({"train": [str(folder / "text")]}, valid_fraction=0.2), folder / "tokens", processes=1)
+    return str(folder / "tokens")
+
+
+def settings_of(data: str, *overrides: str):
+    return load_settings(None, [*SETTINGS, *overrides], {"data": data})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train(settings_of(data), folder)
+    return folder
+
+
+def log_of(folder: Path) -> list[dict]:
+    """The log without what the clock writes."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+
+
+def assert_same_run(folder: Path, expected: Path) -> None:
+    assert log_of(folder) == log_of(expected)
+    weights = Path("model", "model.safetensors")
+    assert (folder / weights).read_bytes() == (expected / weights).read_bytes()
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the user had pressed Ctrl-C during this step."""
+    end = Monitor.on_step_end
+
+    def end_step(self, args, state, control, **kwargs):
+        self.step.stop |= state.global_step == step
+        end(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(Monitor, "on_step_end", end_step)
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_a_run_stopped_at_any_step_goes_on_to_the_same_bits(tmp_path, data, undisturbed, monkeypatch, step):
+    with monkeypatch.context() as patch:
+        stop_after(step, patch)
+        with pytest.raises(Stopped):
+            train(settings_of(data), tmp_path)
+    assert len(log_of(tmp_path)) == step
+    train(settings_of(data, "micro_batch_size=2"), tmp_path)
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_a_finished_run_is_finished(tmp_path, data, undisturbed):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    train(settings_of(data), tmp_path)
+    assert_same_run(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+def test_killed_runs_end_with_the_same_bits(tmp_path, data, undisturbed):
+    command = [sys.executable, str(Path(__file__).with_name("train_and_kill.py")), str(tmp_path), data, "0"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) >= 3
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_other_micro_batches_give_the_same_loss(tmp_path, data, undisturbed):
+    train(settings_of(data, "micro_batch_size=4"), tmp_path)
+    assert_same_loss(tmp_path, undisturbed)
+
+
+def assert_same_loss(folder: Path, expected: Path) -> None:
+    for mine, other in zip(log_of(folder), log_of(expected), strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert mine["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-4)
+    other_weights = weights_of(expected)
+    for name, weight in weights_of(folder).items():
+        torch.testing.assert_close(weight, other_weights[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_two_processes_do_what_one_does_and_one_goes_on_from_them(tmp_path, data, undisturbed, sharded):
+    overrides = [*SETTINGS, f"data={data}", "checkpoint_every=4", f"fsdp={str(sharded).lower()}"]
+    script = str(Path(__file__).with_name("train_together.py"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    done = subprocess.run([*command, str(tmp_path), *overrides], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same_loss(tmp_path, undisturbed)
+
+    # The checkpoint of two processes, on one.
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000006")
+    shutil.rmtree(tmp_path / "model")
+    train(settings_of(data), tmp_path)
+    assert_same_loss(tmp_path, undisturbed)
+
+
+def test_a_checkpoint_holds_no_pickle(undisturbed):
+    for path in sorted((undisturbed / "checkpoints").iterdir()):
+        assert {file.name for file in path.iterdir()} == set(FILES)
+    assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("harm", ["missing", "truncated", "damaged", "foreign"])
+def test_a_harmed_checkpoint_is_named_and_the_one_before_it_works(tmp_path, data, undisturbed, file, harm):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    newest = tmp_path / "checkpoints" / "step-00000006"
+    content = bytearray((newest / file).read_bytes())
+    if harm == "missing":
+        (newest / file).unlink()
+    elif harm == "truncated":
+        (newest / file).write_bytes(content[:-1])
+        if file == "checkpoint.json":  # whose last byte is a line's end
+            (newest / file).write_bytes(content[:-3])
+    elif harm == "damaged":
+        content[len(content) // 2] ^= 1
+        (newest / file).write_bytes(content)
+    else:
+        shutil.copy(tmp_path / "checkpoints" / "step-00000004" / file, newest / file)
+    with pytest.raises(CheckpointError, match=r"step-00000006.*go on from step-00000004") as caught:
+        train(settings_of(data), tmp_path)
+    if not (file == "checkpoint.json" and harm in ("damaged", "foreign")):
+        assert file in str(caught.value)
+    if (file, harm) == ("optimizer-00000.safetensors", "damaged"):
+        shutil.rmtree(newest)
+        train(settings_of(data), tmp_path)
+        assert_same_run(tmp_path, undisturbed)
+
+
+def test_another_runs_checkpoint_is_refused(tmp_path, data, undisturbed):
+    train(settings_of(data, "seed=1"), tmp_path / "other")
+    shutil.rmtree(tmp_path / "other" / "checkpoints")
+    shutil.copytree(undisturbed / "checkpoints", tmp_path / "other" / "checkpoints")
+    with pytest.raises(CheckpointError, match="a run with other settings"):
+        train(settings_of(data, "seed=1"), tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, data, undisturbed):
+    # Files of more than some KB cannot be written, as on a disk that is full.
+    limit = (undisturbed / "checkpoints" / "step-00000006" / "optimizer-00000.safetensors").stat().st_size - 100
+    script = (
+        "import resource, signal, sys\nfrom pathlib import Path\n"
+        "from m2rnn.training.train import train\nfrom m2rnn.training.train_settings import load_settings\n"
+        "from m2rnn.training.checkpoint import CheckpointError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "try:\n    train(load_settings(None, sys.argv[2:]), Path(sys.argv[1]))\n"
+        "except CheckpointError as error:\n    print(error)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path), *SETTINGS, f"data={data}"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert "cannot write the checkpoint" in done.stdout, done.stderr
+    assert "step-00000002" in done.stdout
+    train(settings_of(data), tmp_path)
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_a_second_trainer_in_the_folder_is_refused(tmp_path, data):
+    settings = settings_of(data)
+    identity = settings.deciding() | {"tokens": TokenDataset(data).manifest["splits"]["train"]["tokens_sha256"]}
+    with run_folder(tmp_path, identity), pytest.raises(RunFolderError, match="another run is using"):
+        train(settings, tmp_path)
+
+
+def test_other_settings_do_not_go_on_with_a_run(tmp_path, data, undisturbed):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    with pytest.raises(RunFolderError, match="learning_rate"):
+        train(settings_of(data, "learning_rate=2e-2"), tmp_path)
+
+
+def test_a_nan_stops_before_the_weights_change_and_names_its_documents(tmp_path, data, monkeypatch):
+    token = ord("!")  # in one document alone
+    tokens = TokenDataset(data)
+    place = int((tokens.tokens == token).nonzero()[0][0])
+    document = tokens.document_at(place)
+
+    def poisoned(*arguments, **options):
+        model = build_model(*arguments, **options)
+        with torch.no_grad():
+            model.model.embed_tokens.weight[token] = float("nan")
+        return model
+
+    monkeypatch.setattr("m2rnn.training.train.build_model", poisoned)
+    # One window more than an epoch, so that each is met.
+    windows = PackedBatches(tokens, 24, 1).windows
+    steps = windows // 2 + 1
+    overrides = ["micro_batch_size=1", "batch_size=2", f"steps={steps}", "checkpoint_every=1", "valid_sequences=0"]
+    with pytest.raises(NonFiniteError, match=r"step \d+: the loss of 1 of the 2 micro-batches") as caught:
+        train(settings_of(data, *overrides), tmp_path)
+    report = json.loads((tmp_path / "non-finite.json").read_text())
+    (row,) = report["rows"]
+    assert row["first_document"] <= document <= row["last_document"]
+    assert row["first_token"] <= place <= row["last_token"]
+    assert f"skip_steps=[{report['step']}]" in str(caught.value)
+    newest = max(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert newest == f"step-{report['step'] - 1:08d}"
+
+    assert report["step"] < steps
+    train(settings_of(data, *overrides, f"skip_steps=[{report['step']}, {steps}]"), tmp_path)
+    lines = log_of(tmp_path)
+    assert lines[report["step"] - 1]["skipped"] is True
+    weights = weights_of(tmp_path)
+    assert weights.pop("model.embed_tokens.weight").isnan().any(1).sum() == 1
+    assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_the_gradient_norms_of_all_kinds_add_up_and_are_clipped(data, undisturbed):
+    for line in log_of(undisturbed):
+        assert set(line["gradient_norms"]) == {"embedding", "m2rnn", "attention", "swiglu", "norm", "head"}
+        squares = sum(norm**2 for norm in line["gradient_norms"].values())
+        assert line["gradient_norm"] ** 2 == pytest.approx(squares)
+    config = build_config(settings_of(data), TokenDataset(data))
+    model = M2RNNForCausalLM(config)
+    assert {kind_of(name, config) for name, _ in model.named_parameters()} == set(line["gradient_norms"])
+
+
+def test_the_trained_model_is_a_hugging_face_model(undisturbed, data):
+    tokenizer = AutoTokenizer.from_pretrained(undisturbed / "model")
+    model = AutoModelForCausalLM.from_pretrained(undisturbed / "model").eval()
+    ids = tokenizer("abc", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, ids.shape[1] + 4)
+    results = json.loads((undisturbed / "results.json").read_text())
+    # The validation loss is that of the saved model, over each window of the split.
+    batches = PackedBatches(TokenDataset(data, "valid"), 24, 1, seed=None)
+    total = count = 0
+    for batch in (batches[n] for n in range(len(batches))):
+        with torch.no_grad():
+            total += model(**batch, num_items_in_batch=1).loss.item()
+        count += int((batch["labels"] != -100).sum())
+    assert results["valid"]["tokens"] == count
+    assert results["valid"]["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert results["tokens"] == 6 * 4 * 24
+
+
+def test_the_schedule_is_a_cosine_after_a_warm_up(tmp_path, data):
+    train(settings_of(data, "steps=9", "warmup_steps=4", "min_learning_rate=0.25"), tmp_path)
+    rates = [line["learning_rate"] for line in log_of(tmp_path)]
+    expected = [n / 4 if n < 4 else 0.25 + 0.75 * (1 + math.cos(math.pi * (n - 4) / 5)) / 2 for n in range(9)]
+    assert rates == pytest.approx([1e-2 * rate for rate in expected])
+
+
+def test_weight_decay_spares_vectors_and_what_the_model_spares(tmp_path, data, monkeypatch):
+    groups = {}
+    make = CheckpointingTrainer.create_optimizer
+
+    def made(self, *arguments):
+        optimizer = make(self, *arguments)
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for group in optimizer.param_groups:
+            groups[group["weight_decay"]] = {names[parameter] for parameter in group["params"]}
+            assert (group["betas"], group["eps"]) == ((0.9, 0.95), 1e-10)
+        return optimizer
+
+    monkeypatch.setattr(CheckpointingTrainer, "create_optimizer", made)
+    stop_after(1, monkeypatch)
+    with pytest.raises(Stopped):
+        train(settings_of(data), tmp_path)
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mixer.state_weight"} <= groups[0.1]
+    spared = {name.rpartition(".")[2] for name in groups[0.0] if "norm" not in name}
+    assert spared == {"A_log", "dt_bias", "D"}
+    assert not any("norm" in name for name in groups[0.1])
+
+
+@pytest.mark.parametrize("option", ["checkpoint_activations=true", "precision=bfloat16"])
+def test_options_of_the_computation_change_the_loss_little(tmp_path, data, undisturbed, option):
+    train(settings_of(data, option), tmp_path)
+    tolerance = 1e-6 if option.startswith("checkpoint") else 2e-2
+    for mine, other in zip(log_of(tmp_path), log_of(undisturbed), strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stepz=3", r"unknown key 'stepz'; known: preset, data, .*steps"),
+        ("steps=many", r"steps 'many': expected a whole number"),
+        ("steps=2.5", r"steps 2.5: expected a whole number"),
+        ("learning_rate=[1]", r"learning_rate \[1\]: expected a number"),
+        ("compile=1", r"compile 1: expected true or false"),
+        ("learning_rate=-1", r"learning_rate -1.0: expected a number above 0"),
+        ("warmup_steps=6", r"warmup_steps 6: expected at least 0 and less than steps"),
+        ("precision=float16", r"precision 'float16': expected one of"),
+        ("nonsense", r"'nonsense': expected KEY=VALUE"),
+        ("steps.x=1", r"key 'steps.x': only model has parts"),
+        ("preset=none", r"unknown preset 'none'"),
+        ("model.hidden_sizes=3", r"model.hidden_sizes: expected a field of M2RNNConfig"),
+        ("model.vocab_size=8", r"model.vocab_size 8: .* has 256 token ids"),
+        ("batch_size=3", r"batch_size 3: expected a multiple of 2"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(tmp_path, data, override, message):
+    with pytest.raises(SettingsError, match=message):
+        train(settings_of(data, override), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_make_a_model_a_schedule_and_a_plan(data, recipe):
+    settings = load_settings(recipe, ["device=cpu"], {"data": data})
+    config = build_config(settings, TokenDataset(data))
+    with torch.device("meta"):
+        model = M2RNNForCausalLM(config)
+    assert settings.steps > settings.warmup_steps > 0
+    assert settings.accumulation(1) * settings.micro_batch_size == settings.batch_size
+    if recipe.stem in ("410m", "7b"):
+        assert 4e6 < settings.batch_size * settings.context < 4.3e6
+        assert (settings.steps, settings.warmup_steps, settings.learning_rate) == (25000, 2500, 3e-4)
+        assert model.num_parameters() == {"410m": 512_951_624, "7b": 6_948_251_800}[recipe.stem]
+        for processes in (8, 32, 64):
+            settings.accumulation(processes)
+    text = dry_run(settings)
+    assert f"{model.num_parameters():,} parameters" in text
+    assert "GiB" in text
+
+
+def test_the_laptop_recipe_runs_short(tmp_path, data):
+    options = ["--data", data, "--out", str(tmp_path), "steps=2", "warmup_steps=1", "context=32", "device=cpu"]
+    done = CliRunner().invoke(app, ["train", str(ROOT / "recipes/laptop.yaml"), *options])
+    assert done.exit_code == 0, done.output
+    assert "validation" in done.output
+    assert {"model", "results.json", "loss.png", "tensorboard"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, data):
+    log = tmp_path / "log.jsonl"
+    command = [sys.executable, "-m", "m2rnn.cli", "train", *SETTINGS, "--data", data, "--out", str(tmp_path)]
+    with subprocess.Popen([*command, "steps=100000"], env=ENVIRONMENT, text=True, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 60
+        while (not log.exists() or log.stat().st_size == 0) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, error
+    newest = max(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert f"step {int(newest.removeprefix('step-')):,} of 100,000 is saved, and the same command goes on" in error
+    assert "Traceback" not in error
