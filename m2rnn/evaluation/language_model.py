@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import m2rnn.models  # noqa: F401 (registers M2RNN with the Auto classes)
 from m2rnn.data.tokenizers import load_tokenizer
-from m2rnn.evaluation.track import no_progress_bars
 from m2rnn.models.loss import IGNORED, chunked_token_losses
+from m2rnn.training.display import no_progress_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
