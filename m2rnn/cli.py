@@ -158,7 +158,8 @@ def train_model(
     from m2rnn.data.sources import DataError
     from m2rnn.training.train_settings import load_settings
 
-    is_first = int(os.environ.get("RANK", "0")) == 0
+    process = int(os.environ.get("RANK", "0"))
+    is_first = process == 0
 
     def end(message: str, exit_code: int) -> NoReturn:
         if is_first:
@@ -192,8 +193,10 @@ def train_model(
         assert out is not None
         with Display(sys.stdout if is_first else None) as display:
             results = training.train(settings, out, minutes=minutes, overwrite=overwrite, display=display)
-    except (SettingsError, DataError, RunFolderError) as error:
+    except (SettingsError, RunFolderError) as error:
         end(str(error), exit_code=2)
+    except DataError as error:  # perhaps of this process alone
+        fail(str(error) if is_first else f"process {process}: {error}", exit_code=2)
     except (CheckpointError, NonFiniteError) as error:
         end(str(error), exit_code=1)
     except training.Stopped as stopped:

@@ -19,7 +19,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from m2rnn.data.run_folder import CHECKPOINTS, to_json, whole_folder
+
+Value = TypeVar("Value")
 
 FORMAT = "m2rnn checkpoint 1"
 MANIFEST, STATE = "checkpoint.json", "state.json"
@@ -61,11 +63,12 @@ def save_checkpoint(
     """
     path = folder / CHECKPOINTS / f"step-{step:08d}"
     failure = None
+    if from_first_process(path.exists()):  # saved before: the processes must agree whether to gather
+        return
     if is_first_process():
         try:
-            if not path.exists():
-                with whole_folder(path) as partial:
-                    _write_files(partial, model, optimizer, {STATE: to_json(state), **(files or {})})
+            with whole_folder(path) as partial:
+                _write_files(partial, model, optimizer, {STATE: to_json(state), **(files or {})})
             for older in checkpoints(folder)[:-keep]:
                 shutil.rmtree(older)
         except (OSError, SafetensorError) as error:
@@ -166,12 +169,18 @@ def is_first_process() -> bool:
     return not _distributed() or dist.get_rank() == 0
 
 
+def from_first_process(value: Value) -> Value:
+    """What the first process gives, in all processes."""
+    if not _distributed():
+        return value
+    told = [value]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
+
+
 def raise_everywhere(failure: str | None, kind: type[Exception] = CheckpointError) -> None:
     """Raise the first process's failure in all processes."""
-    if _distributed():
-        told = [failure]
-        dist.broadcast_object_list(told, src=0)
-        (failure,) = told
+    failure = from_first_process(failure)
     if failure:
         raise kind(failure)
 

@@ -12,6 +12,7 @@ The batches are a function of (seed, step), whatever the number of processes. On
 bit as long as that number stays.
 """
 
+import json
 import math
 import os
 import shutil
@@ -104,6 +105,9 @@ def train(
         saved = None if found is None else load_state(found)
         if saved is not None and saved["settings"] != identity:
             raise CheckpointError(f"{found} belongs to a run with other settings: delete it to go on without it")
+        if saved is not None and saved["step"] == settings.steps and (folder / RESULTS).exists():
+            finished: dict[str, Any] = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+            return finished
         display.say(f"building {settings.preset}" + (f", to go on from {found.name}" if found else ""))
         model = build_model(settings, config, empty=bool(args.fsdp) and not first)
         batches = PackedBatches(

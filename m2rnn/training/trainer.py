@@ -86,7 +86,11 @@ class CheckpointingTrainer(Trainer):
             self.state.global_step,
             self.model,
             self.optimizer,  # type: ignore[arg-type] # accelerate's, which behaves like one
-            {"scheduler": scheduler.state_dict(), **(self.run_state() if first else {})},
+            {
+                "step": self.state.global_step,
+                "scheduler": scheduler.state_dict(),
+                **(self.run_state() if first else {}),
+            },
             files={TRAINER_STATE: json.dumps(asdict(replace(self.state, log_history=[])), indent=2).encode()},
             keep=self.keep_checkpoints,
         )

@@ -102,7 +102,11 @@ def test_a_run_stopped_at_any_step_goes_on_to_the_same_bits(tmp_path, data, undi
 
 def test_a_finished_run_is_finished(tmp_path, data, undisturbed):
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
-    train(settings_of(data), tmp_path)
+    results = json.loads((undisturbed / "results.json").read_text())
+    assert train(settings_of(data), tmp_path) == results
+    (tmp_path / "results.json").unlink()  # as after a kill just before the end
+    shutil.rmtree(tmp_path / "model")
+    assert train(settings_of(data), tmp_path)["valid"] == results["valid"]
     assert_same_run(tmp_path, undisturbed)
 
 
@@ -255,6 +259,19 @@ def test_a_nan_stops_before_the_weights_change_and_names_its_documents(tmp_path,
     weights = weights_of(tmp_path)
     assert weights.pop("model.embed_tokens.weight").isnan().any(1).sum() == 1
     assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_a_spike_is_noted_with_its_windows(tmp_path, data, monkeypatch):
+    monkeypatch.setattr("m2rnn.training.monitor.REMEMBERED", 2)
+    monkeypatch.setattr("m2rnn.training.monitor.SPIKE", -1e9)  # any loss is one
+    results = train(settings_of(data, "seed=3"), tmp_path)
+    assert results["spikes"] == 4
+    rows = [line.get("spike") for line in log_of(tmp_path)]
+    assert rows[:2] == [None, None]
+    # Windows of the step as one batch of four, whose order knows nothing of micro-batches.
+    windows = PackedBatches(TokenDataset(data), 24, 4, seed=3, batches=6)
+    for step in range(2, 6):
+        assert [row["window"] for row in rows[step]] == windows.windows_of(step)[1].tolist()
 
 
 def test_the_gradient_norms_of_all_kinds_add_up_and_are_clipped(data, undisturbed):
