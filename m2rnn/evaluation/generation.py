@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from transformers import GenerationConfig, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from m2rnn.data.run_folder import PARTIAL, force_to_disk
 from m2rnn.evaluation.language_model import LanguageModel
-from m2rnn.models.cache import M2RNNCache
 from m2rnn.models.model import M2RNNForCausalLM
 
 if TYPE_CHECKING:
@@ -262,11 +262,9 @@ def memory_line(model: LanguageModel, tokens: int) -> str:
 
 
 def _cache_bytes(outputs: Any) -> int:
-    cache = outputs.past_key_values
-    tensors: list[Tensor | None] = []
-    for layer in cache.layers:
-        tensors += [*(layer.state or ())] if isinstance(cache, M2RNNCache) else [*vars(layer).values()]
-    return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
+    cache = outputs.cache_params if "cache_params" in outputs else outputs.past_key_values  # as Mamba calls it
+    leaves = tree_leaves([vars(layer) for layer in cache.layers])
+    return sum(x.numel() * x.element_size() for x in leaves if isinstance(x, Tensor) and x.is_floating_point())
 
 
 def _padding(tokenizer: "PreTrainedTokenizerBase") -> int:

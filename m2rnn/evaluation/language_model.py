@@ -1,6 +1,5 @@
 """A causal language model from its folder, and the loss of every token that it is asked for."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,16 +120,6 @@ def fingerprint(folder: Path) -> dict[str, list[int]]:
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 
-def training_length(folder: Path) -> int | None:
-    """The longest sequence in the model's training, if its configuration says so."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    found = config.get("max_position_embeddings")
-    return found if isinstance(found, int) else None
-
-
 @torch.inference_mode()
 def _plain_head(model: PreTrainedModel) -> nn.Module | None:
     """The head, if logits are exactly what it makes of the last hidden state: some models scale or cap them."""
@@ -178,6 +167,20 @@ def token_losses(model: LanguageModel, ids: Tensor, labels: Tensor, segment: int
             if state is None:
                 raise ValueError(f"{model.folder} returns no past_key_values to carry on: use segment 0, whole windows")
     return losses[labels != IGNORED]
+
+
+def check_segments(model: LanguageModel) -> None:
+    """Raise ``ValueError`` if the model does not go on from its state: some take only one token with one."""
+    generator = torch.Generator().manual_seed(0)
+    ids, labels = torch.randint(model.vocab_size, (2, 1, 64), generator=generator).to(model.model.device)
+    whole = token_losses(model, ids, labels)
+    difference = token_losses(model, ids, labels, segment=16) - whole
+    eps = torch.finfo(next(model.model.parameters()).dtype).eps
+    if not float(difference.norm() / whole.norm()) < max(10 * eps, 1e-4):
+        raise ValueError(
+            f"{model.folder}: {type(model.model).__name__} does not go on from its state with several tokens: use "
+            "segment 0, whole windows"
+        )
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:

@@ -26,6 +26,7 @@ from m2rnn.evaluation import windows as layout
 from m2rnn.evaluation.language_model import (
     LanguageModel,
     check_device,
+    check_segments,
     fingerprint,
     load_model,
     load_model_tokenizer,
@@ -222,8 +223,10 @@ def _evaluate_model(
     model = load_model(folder, settings.device, settings.dtype)
     text = load_text(folder, model.vocab_size, data, settings, display)
     planned = measurements(text, settings)
-    for each in planned:
-        model.check_length(int((each.windows.stop - each.windows.start).max()) - 1)
+    longest = max(int((each.windows.stop - each.windows.start).max()) for each in planned) - 1
+    model.check_length(longest)
+    if _segment(settings, longest) is not None:
+        check_segments(model)
     found: Results = {
         "folder": str(folder),
         "parameters": model.parameters,

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 from typer.testing import CliRunner
 
 from m2rnn import cli
@@ -125,6 +125,13 @@ def test_the_cache_of_another_model_is_counted_too(tmp_path):
     assert memory(model) == (0, 3 * 2 * 16 * 4)
     with pytest.raises(ValueError, match="learned positions for 32 tokens"):
         complete(model, tokenizer, "x" * 30, GREEDY)
+
+
+def test_the_states_of_other_recurrent_models_are_counted(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2}
+    mamba = MambaConfig(state_size=4, expand=2, conv_kernel=3, time_step_rank=2, **sizes)
+    model, _ = loaded(save(tmp_path, MambaForCausalLM(mamba)))
+    assert memory(model) == (2 * 32 * (4 + 3) * 4, 0)
 
 
 def run(*arguments, text=None):

@@ -145,6 +145,25 @@ def others():
     }
 
 
+def test_a_model_that_does_not_go_on_from_its_state_is_noticed(tmp_path, data, monkeypatch):
+    folder = save(tmp_path / "model")
+    evaluate(folder, data, tmp_path / "out", segment=4)  # goes on
+
+    class Forgetful(type(load_model(folder, "cpu").model.base_model)):
+        def forward(self, *args, past_key_values=None, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    def forgetful(*args):
+        loaded = load_model(*args)
+        loaded.model.base_model.__class__ = Forgetful
+        return loaded
+
+    monkeypatch.setattr(perplexity, "load_model", forgetful)
+    evaluate(folder, data, tmp_path / "whole", segment=None)
+    with pytest.raises(ValueError, match="does not go on from its state with several tokens: use segment 0"):
+        evaluate(folder, data, tmp_path / "parts", segment=4)
+
+
 def test_a_model_that_changes_its_logits_after_the_head_is_noticed(tmp_path):
     assert load_model(save(tmp_path / "gpt2", others()["gpt2"]()), "cpu").head is not None
     assert load_model(save(tmp_path / "granite", others()["granite"]()), "cpu").head is None
