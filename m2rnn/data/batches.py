@@ -1,4 +1,4 @@
-"""Packed batches for training and windows for evaluation, as the model takes them.
+"""Packed batches for training, as the model takes them.
 
 The tokens of a split, end to end, are cut into windows of ``context`` tokens. A batch is some windows in one row
 ``[1, rows · context]`` with ``cu_seq_lens_q``: a sequence starts with every document and with every window, so that no
@@ -24,7 +24,7 @@ with the same ``rows · accumulation · processes``. A resumed training skips ba
 ``data.describe(b)`` says which windows and documents batch b holds, for reports of a spike in the loss.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,37 +159,6 @@ def pack(rows: Sequence[Row]) -> dict[str, Tensor]:
         "shift_labels": labels,
         "cu_seq_lens_q": torch.from_numpy(np.concatenate([*starts, offsets[-1:]]).astype(np.int32)),
     }
-
-
-def sliding_windows(
-    data: TokenDataset, context: int, stride: int, documents: Iterable[int] | None = None
-) -> Iterator[tuple[int, Row]]:
-    """Windows of single documents for perplexity: every token but the first of a document is predicted once.
-
-    A window starts every ``stride`` tokens and labels only what the one before it did not, so that each prediction
-    but the document's first ``context`` sees at least ``context - stride`` tokens. With ``context`` as long as
-    the longest document, a window is a document.
-
-    Args:
-        documents: which ones, by number; default all.
-
-    Yields:
-        The document's number and a row of at most ``context`` tokens that is one sequence.
-    """
-    if not 1 <= stride <= context:
-        raise ValueError(f"stride {stride}: expected 1 to context, which is {context}")
-    for number in range(data.num_documents) if documents is None else documents:
-        ids = data.document(number).astype(np.int64)
-        _check_ids(ids, int(data.ends[number]) - len(ids), data)
-        seen = 0
-        for start in range(0, len(ids) - 1, stride):
-            stop = min(start + context, len(ids) - 1)
-            labels = ids[start + 1 : stop + 1].copy()
-            labels[: seen - start] = IGNORED
-            yield number, Row(ids[start:stop], labels, np.zeros(1, np.int64))
-            seen = stop
-            if stop == len(ids) - 1:
-                break
 
 
 def _check_ids(ids: NDArray[Any], start: int, data: TokenDataset) -> None:

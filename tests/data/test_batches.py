@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Trainer, TrainingArguments
 
-from m2rnn.data.batches import IGNORED, PackedBatches, only_batch, pack, sliding_windows
+from m2rnn.data.batches import IGNORED, PackedBatches, only_batch
 from m2rnn.data.sources import DataError
 from m2rnn.data.token_files import TokenDataset
 from m2rnn.models import M2RNNConfig, M2RNNForCausalLM
@@ -130,41 +130,6 @@ def test_a_loader_in_other_processes_gives_the_same(tmp_path):
             assert torch.equal(batch[name], tensor)
 
 
-@settings(max_examples=40)
-@given(lengths, st.integers(1, 50), st.data())
-def test_sliding_windows_predict_each_token_once_with_its_context(tmp_path_factory, lengths, context, draw):
-    data = documents(tmp_path_factory.mktemp("data"), lengths)
-    stride = draw.draw(st.integers(1, context))
-    targets: dict[int, list[int]] = {number: [] for number in range(data.num_documents)}
-    position = dict.fromkeys(targets, 0)
-    for number, row in sliding_windows(data, context, stride):
-        document = data.document(number).astype(int)
-        assert len(row.input_ids) <= context
-        start = position[number]
-        np.testing.assert_array_equal(row.input_ids, document[start : start + len(row.input_ids)])
-        scored = np.flatnonzero(row.shift_labels != IGNORED)
-        assert len(scored)
-        if start:
-            assert scored[0] >= context - stride
-        np.testing.assert_array_equal(row.shift_labels[scored], document[start + scored + 1])
-        targets[number] += (start + scored + 1).tolist()
-        position[number] = start + stride
-        assert row.starts.tolist() == [0]
-    for number, found in targets.items():
-        assert found == list(range(1, len(data.document(number))))
-
-
-def test_sliding_windows_of_some_documents_and_packed(tmp_path):
-    data = documents(tmp_path, [5, 7, 3])
-    rows = [row for _, row in sliding_windows(data, 100, 100, documents=[2, 0])]
-    batch = pack(rows)
-    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 8]
-    expected = np.concatenate([data.document(2)[1:], data.document(0)[1:]])
-    assert batch["shift_labels"][0].tolist() == expected.tolist()
-    with pytest.raises(ValueError, match="stride 0: expected 1 to context, which is 4"):
-        next(sliding_windows(data, 4, 0))
-
-
 def test_an_id_that_the_vocabulary_lacks_is_named(tmp_path):
     data = prepared(tmp_path, ["abcdef" * 10], tokenizer="train-bpe", vocab_size=260)
     content = data.tokens_path.read_bytes()
@@ -173,8 +138,6 @@ def test_an_id_that_the_vocabulary_lacks_is_named(tmp_path):
     message = r"train\.tokens\.bin is damaged: token 10 is 65535, not below 260"
     with pytest.raises(DataError, match=message):
         PackedBatches(damaged, 4, 3, None)[0]
-    with pytest.raises(DataError, match=message):
-        next(sliding_windows(damaged, 4, 4))
 
 
 def small_model() -> M2RNNForCausalLM:
