@@ -42,8 +42,10 @@ def track(
         ),
     ] = DEFAULT.mixer,
     compare: Annotated[
-        str | None, typer.Option(help="Several mixers, one after the other, e.g. m2rnn,gru,attention.")
+        str | None, typer.Option(help="Several mixers instead of one, e.g. m2rnn,gru,attention.")
     ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Several seeds instead of one, e.g. 0,1,2,3,4.")] = None,
+    jobs: Annotated[int, typer.Option(help="Runs of a comparison at a time, each in a process of its own.", min=1)] = 1,
     train_length: Annotated[int, typer.Option(help="Longest sequence in training.")] = DEFAULT.train_length,
     test_lengths: Annotated[str, typer.Option(help="Lengths to measure accuracy at.")] = ",".join(
         map(str, DEFAULT.test_lengths)
@@ -53,9 +55,12 @@ def track(
         bool, typer.Option(help="Begin with 4 tokens and lengthen whenever they are learnt.")
     ] = DEFAULT.curriculum,
     steps: Annotated[int, typer.Option(help="Most steps to train; ends sooner once solved.")] = DEFAULT.steps,
+    patience: Annotated[
+        int | None, typer.Option(help="Give up a run after so many steps at one length shorter than the longest.")
+    ] = DEFAULT.patience,
     minutes: Annotated[
         float | None,
-        typer.Option(help="Most minutes to train a mixer. Where this ends a training is not reproducible."),
+        typer.Option(help="Most minutes to train in a run. Where this ends a training is not reproducible."),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences of a step.")] = DEFAULT.batch_size,
     learning_rate: Annotated[float, typer.Option(help="AdamW's peak learning rate.")] = DEFAULT.learning_rate,
@@ -74,11 +79,15 @@ def track(
     (for from_pretrained), log.jsonl and accuracy-by-length.png into the folder. Interrupted by Ctrl-C or
     killed, the same command goes on with the same result.
 
-    Example: m2rnn track --compare m2rnn,gru,attention --group S3 --out runs/s3
+    With --compare or --seeds there is a run for each mixer and seed, in folders of their own, --jobs at a time
+    (on the GPUs in turn), and results.json and the plot have the mean and the range over the seeds.
+
+    Example: m2rnn track --compare m2rnn,gru,attention --seeds 0,1,2 --jobs 2 --group S3 --out runs/s3
     """
-    from m2rnn.evaluation import track as tracking
     from m2rnn.evaluation.machine import default_device
-    from m2rnn.evaluation.track_report import runs_of, table
+    from m2rnn.evaluation.track import track as track_one
+    from m2rnn.evaluation.track_compare import compare as compare_runs
+    from m2rnn.evaluation.track_report import comparison_table, table
     from m2rnn.training.display import Display
 
     try:
@@ -90,10 +99,11 @@ def track(
             train_length=train_length,
             curriculum=curriculum,
             steps=steps,
+            patience=patience,
             batch_size=batch_size,
             learning_rate=learning_rate,
             seed=seed,
-            test_lengths=parse_lengths(test_lengths),
+            test_lengths=parse_numbers("test_lengths", test_lengths, "128,256,512"),
             test_sequences=test_sequences,
             device=device or default_device(),
         )
@@ -104,18 +114,25 @@ def track(
                 "minutes": minutes,
                 "display": display,
             }
-            if compare is None:
-                results = tracking.track(settings, out, **options)
+            if compare is None and seeds is None:
+                results = track_one(settings, out, **options)
+                report, failed = table(results), {}
             else:
-                results = tracking.compare(settings, compare.split(","), out, **options)
+                mixers = (compare or mixer).split(",")
+                numbers = [seed] if seeds is None else parse_numbers("seeds", seeds, "0,1,2,3,4")
+                results = compare_runs(settings, mixers, numbers, out, jobs=jobs, **options)
+                report, failed = comparison_table(results["runs"].values()), results["failed"]
     except (SettingsError, RunFolderError) as error:
         fail(str(error), exit_code=2)
     except OSError as error:
         fail(str(error), exit_code=1)
     except KeyboardInterrupt:
         fail(f"interrupted; the same command resumes the run in {out}", exit_code=130)
-    typer.echo(table(runs_of(results)))
-    typer.echo(f"\nresults, model and plot: {out}")
+    typer.echo(report)
+    typer.echo(f"\nresults, models and plot: {out}")
+    if failed:
+        reasons = "".join(f"\n  {name}: {failure['reason']}" for name, failure in failed.items())
+        fail(f"{len(failed)} runs failed (more in results.json); the same command tries them again:{reasons}", 1)
 
 
 @app.command("train")
@@ -678,11 +695,11 @@ def parse_contexts(text: str) -> tuple[int | None, ...]:
         raise ValueError(f"context {text!r}: expected whole numbers such as 1024,4096, or full") from None
 
 
-def parse_lengths(text: str) -> tuple[int, ...]:
+def parse_numbers(name: str, text: str, example: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise SettingsError(f"test_lengths {text!r}: expected whole numbers such as 128,256,512") from None
+        raise SettingsError(f"{name} {text!r}: expected whole numbers such as {example}") from None
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:

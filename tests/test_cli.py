@@ -30,7 +30,10 @@ def run(*arguments: object) -> Result:
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        ("track", ["--group", "--mixer", "--compare", "--train-length", "--test-lengths", "--overwrite"]),
+        (
+            "track",
+            ["--group", "--mixer", "--compare", "--seeds", "--jobs", "--train-length", "--patience"],
+        ),
         ("convert", ["source", "destination", "--to", "--mlp-layout", "--max-shard-size", "--force", "--json"]),
         ("presets", ["[name]", "--filter", "--context", "--json"]),
         (
@@ -99,7 +102,9 @@ def test_options_become_settings(tmp_path):
         (["--group=S9"], "group 'S9'"),
         (["--mixer=lstm"], "mixer 'lstm'"),
         (["--compare=m2rnn,lstm"], "mixer 'lstm'"),
-        (["--compare=m2rnn,m2rnn"], "expected each mixer once"),
+        (["--compare=m2rnn,m2rnn"], "compare 'm2rnn,m2rnn': expected one or more, each once"),
+        (["--seeds=0,one"], "seeds '0,one'"),
+        (["--seeds=1,1"], "seeds '1,1'"),
         (["--test-lengths=8,x"], "test_lengths '8,x'"),
         (["--test-lengths=8,4"], "test_lengths '8,4'"),
         (["--test-lengths="], "test_lengths ''"),

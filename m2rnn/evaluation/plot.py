@@ -8,8 +8,11 @@ from m2rnn.data.run_folder import PARTIAL, force_to_disk
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers, each with a marker of its own.
-STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"))
+# Okabe and Ito's colours, which stay apart for colour-blind readers, each with a marker of its own; not their yellow.
+STYLES = (
+    ("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"),
+    ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X"), ("#8A6BBE", "*"),
+)  # fmt: skip
 
 
 def save_figure(figure: "Figure", path: Path) -> None:

@@ -2,8 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -62,38 +61,6 @@ def track(
         return results
 
 
-def compare(
-    settings: TrackSettings,
-    mixers: Sequence[str],
-    folder: Path,
-    *,
-    overwrite: bool = False,
-    checkpoint_every: int = 100,
-    minutes: float | None = None,
-    display: Display | None = None,
-) -> Results:
-    """`track` each mixer in a subfolder of its own, and put them into one results.json and one plot."""
-    if len(set(mixers)) < len(mixers):
-        raise SettingsError(f"compare {','.join(mixers)!r}: expected each mixer once")
-    runs = {mixer: replace(settings, mixer=mixer) for mixer in mixers}
-    for run in runs.values():
-        check_can_run(run)
-    with run_folder(folder, {**settings.as_json(), "mixer": list(mixers)}, overwrite):
-        results: Results = {"runs": {}}
-        for mixer, run in runs.items():
-            results["runs"][mixer] = track(
-                run,
-                folder / mixer,
-                overwrite=overwrite,
-                checkpoint_every=checkpoint_every,
-                minutes=minutes,
-                display=display,
-            )
-        write_plot(folder / PLOT, list(results["runs"].values()))
-        write_whole_file(folder / RESULTS, to_json(results))
-        return results
-
-
 def check_can_run(settings: TrackSettings) -> None:
     """Raise `SettingsError` now for what would otherwise fail after minutes of training."""
     build_config(settings)
@@ -118,7 +85,7 @@ def evaluate(trained: TrainingResult, settings: TrackSettings, display: Display)
     began = time.monotonic()
     accuracy = {}
     for length in settings.test_lengths:
-        display.say(f"{settings.mixer}: testing {settings.test_sequences} sequences of {length} tokens")
+        display.say(f"testing {settings.test_sequences} sequences of {length} tokens")
         score = score_model(trained.model, settings, length)
         accuracy[str(length)] = {
             "all": score.accuracy(),

@@ -1,8 +1,9 @@
 """The results of state-tracking runs as a table and as a plot."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from m2rnn.evaluation.plot import STYLES, save_figure
@@ -10,22 +11,42 @@ from m2rnn.evaluation.plot import STYLES, save_figure
 Results = dict[str, Any]
 
 
-def runs_of(results: Results) -> list[Results]:
-    """The runs in a results.json, of one mixer or of several."""
-    return list(results["runs"].values()) if "runs" in results else [results]
-
-
-def table(runs: Sequence[Results]) -> str:
-    """Accuracy by length, one row a mixer and length, and a line on each training."""
+def table(run: Results) -> str:
+    """Accuracy of one run by length, and a line on its training."""
     lines = [f"{'mixer':<24}{'length':>8}{'all positions':>16}{'last quarter':>15}{'chance':>9}"]
+    for length, accuracy in run["accuracy"].items():
+        lines.append(
+            f"{run['settings']['mixer']:<24}{length:>8}{accuracy['all']:>16.2%}"
+            f"{accuracy['last_quarter']:>15.2%}{run['chance']:>9.1%}"
+        )
+    return "\n".join([*lines, "", f"{run['settings']['mixer']}: {training_line(run)}"])
+
+
+def comparison_table(runs: Iterable[Results]) -> str:
+    """Accuracy over the last quarter of positions by mixer and length, and a line on the trainings of each mixer."""
+    lines = [f"{'mixer':<24}{'length':>8}{'mean':>10}{'least':>10}{'greatest':>10}{'seeds':>7}{'chance':>9}"]
+    trainings = []
+    for mixer, same in by_mixer(runs).items():
+        for length in same[0]["accuracy"]:
+            values = spread(same, length, "last_quarter")
+            columns = "".join(f"{value:>10.2%}" for value in values.values())
+            lines.append(f"{mixer:<24}{length:>8}{columns}{len(same):>7}{same[0]['chance']:>9.1%}")
+        trainings.append(f"{mixer}: {trainings_line(same)}")
+    return "\n".join([*lines, "", *trainings])
+
+
+def by_mixer(runs: Iterable[Results]) -> dict[str, list[Results]]:
+    """The runs of each mixer, which differ in their seeds."""
+    grouped: dict[str, list[Results]] = {}
     for run in runs:
-        for length, accuracy in run["accuracy"].items():
-            lines.append(
-                f"{run['settings']['mixer']:<24}{length:>8}{accuracy['all']:>16.2%}"
-                f"{accuracy['last_quarter']:>15.2%}{run['chance']:>9.1%}"
-            )
-    lines.append("")
-    return "\n".join([*lines, *(training_line(run) for run in runs)])
+        grouped.setdefault(run["settings"]["mixer"], []).append(run)
+    return grouped
+
+
+def spread(runs: Sequence[Results], length: str, positions: str) -> dict[str, float]:
+    """Mean, least and greatest accuracy of the runs."""
+    values = [run["accuracy"][length][positions] for run in runs]
+    return {"mean": fmean(values), "least": min(values), "greatest": max(values)}
 
 
 def training_line(run: Results) -> str:
@@ -33,31 +54,50 @@ def training_line(run: Results) -> str:
     training = run["training"]
     ending = {
         "solved": f"solved at length {training['length']}",
+        "given up": f"not solved; given up at length {training['length']}",
         "step limit": f"not solved; reached length {training['length']}",
         "time limit": f"not solved when the time was up; reached length {training['length']}",
     }[training["outcome"]]
-    settings = run["settings"]
     return (
-        f"{settings['mixer']}: {ending} of {settings['train_length']} after {training['step']} steps, "
+        f"{ending} of {run['settings']['train_length']} after {training['step']} steps, "
         f"{training['seconds']:.0f} s, {run['parameters']:,} parameters"
     )
 
 
+def trainings_line(runs: Sequence[Results]) -> str:
+    """How the trainings of one mixer went, in a sentence."""
+    if len(runs) == 1:
+        return training_line(runs[0])
+    solved = sum(run["training"]["outcome"] == "solved" for run in runs)
+    length, steps, seconds = (_range([run["training"][name] for run in runs]) for name in ("length", "step", "seconds"))
+    return (
+        f"{solved} of {len(runs)} solved; reached length {length} of {runs[0]['settings']['train_length']} "
+        f"after {steps} steps, {seconds} s, {runs[0]['parameters']:,} parameters"
+    )
+
+
+def _range(values: Sequence[float]) -> str:
+    least, greatest = f"{min(values):.0f}", f"{max(values):.0f}"
+    return least if least == greatest else f"{least} to {greatest}"
+
+
 def write_plot(path: Path, runs: Sequence[Results]) -> None:
-    """Accuracy over the last quarter of positions against length, one line a mixer."""
+    """Accuracy over the last quarter of positions against length: a line for each mixer's mean over its seeds, in a
+    band from the least to the greatest."""
     from matplotlib.figure import Figure  # without pyplot: no window system, no global figure
 
     settings, chance = runs[0]["settings"], runs[0]["chance"]
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    for rank, (run, (colour, marker)) in enumerate(zip(runs, cycle(STYLES), strict=False)):
-        lengths = [int(length) for length in run["accuracy"]]
-        values = [accuracy["last_quarter"] for accuracy in run["accuracy"].values()]
-        mixer = run["settings"]["mixer"]
+    for rank, ((mixer, same), (colour, marker)) in enumerate(zip(by_mixer(runs).items(), cycle(STYLES), strict=False)):
+        lengths = [int(length) for length in same[0]["accuracy"]]
+        spreads = [spread(same, str(length), "last_quarter") for length in lengths]
+        least, greatest = ([values[name] for values in spreads] for name in ("least", "greatest"))
         width = max(3.5 - rank, 1.0)  # thicker below, thinner above: equal curves stay visible
+        axes.fill_between(lengths, least, greatest, color=colour, alpha=0.2, linewidth=0)
         axes.plot(
             lengths,
-            values,
+            [values["mean"] for values in spreads],
             color=colour,
             marker=marker,
             linewidth=width,
@@ -75,7 +115,9 @@ def write_plot(path: Path, runs: Sequence[Results]) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_xlabel("sequence length (tokens)")
     axes.set_ylabel("accuracy, last quarter of positions")
-    axes.set_title(f"{settings['group']} word problem")
+    seeds = len({run["settings"]["seed"] for run in runs})
+    spread_over = f", mean and range of {seeds} seeds" if seeds > 1 else ""
+    axes.set_title(f"{settings['group']} word problem{spread_over}")
     axes.grid(axis="y", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -3,7 +3,7 @@
 A non-linear recurrence learns nothing from long sequences while it cannot do short ones, so the length starts
 at 4 and grows by a quarter whenever the smoothed loss is small. At the full length the run waits until the
 loss has been small for a while, then takes the learning rate down to zero and ends. A run that does not get
-there uses up its steps, the last of them on the same decay.
+there uses up its steps, the last of them on the same decay, or is given up once a length has taken too many.
 """
 
 from dataclasses import dataclass
@@ -27,15 +27,20 @@ class Progress:
     smoothed_loss: float | None = None
     steps_below: int = 0  # how many steps in a row the full length has had a small loss
     solved_at: int | None = None
+    lengthened_at: int = 0
 
 
 @dataclass(frozen=True)
 class Curriculum:
-    """The plan of a run of at most ``steps`` steps on sequences of up to ``train_length`` tokens."""
+    """The plan of a run of at most ``steps`` steps on sequences of up to ``train_length`` tokens.
+
+    It is given up after ``patience`` steps at one length shorter than that.
+    """
 
     train_length: int
     steps: int
     grow: bool = True
+    patience: int | None = None
 
     def start(self) -> Progress:
         """The progress before the first step."""
@@ -46,18 +51,25 @@ class Curriculum:
         """The progress after one more step, which had ``loss`` at ``progress.length``."""
         past = loss if progress.smoothed_loss is None else progress.smoothed_loss
         smoothed_loss = SMOOTHING * past + (1 - SMOOTHING) * loss
-        length, steps_below, solved_at = progress.length, progress.steps_below, progress.solved_at
+        length, lengthened_at = progress.length, progress.lengthened_at
+        steps_below, solved_at = progress.steps_below, progress.solved_at
         if length < self.train_length:
             if smoothed_loss < GROW_BELOW:
                 length = min(max(length + 1, int(length * GROWTH)), self.train_length)
+                lengthened_at = progress.step + 1
         else:
             steps_below = steps_below + 1 if smoothed_loss < SOLVED_BELOW else 0
             if steps_below == SOLVED_STEPS and solved_at is None:
                 solved_at = progress.step + 1
-        return Progress(progress.step + 1, length, smoothed_loss, steps_below, solved_at)
+        return Progress(progress.step + 1, length, smoothed_loss, steps_below, solved_at, lengthened_at)
 
     def is_finished(self, progress: Progress) -> bool:
-        return progress.step >= self._decay_start(progress) + self._decay_steps
+        return self.is_given_up(progress) or progress.step >= self._decay_start(progress) + self._decay_steps
+
+    def is_given_up(self, progress: Progress) -> bool:
+        if self.patience is None or progress.length == self.train_length:
+            return False
+        return progress.step - progress.lengthened_at >= self.patience
 
     def learning_rate(self, progress: Progress) -> float:
         """The factor of the peak learning rate for the step after ``progress``."""

@@ -1,7 +1,7 @@
 """What a long run tells its user: a live line on a terminal, a plain line every few seconds anywhere else."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import IO, Self
@@ -37,14 +37,26 @@ class Display(AbstractContextManager["Display"]):
         self._next_line = 0.0
         self.update(text)
 
-    def update(self, text: str) -> None:
-        """Show ``text`` in place of the last update; where that cannot be replaced, only now and then."""
+    def update(self, text: str, details: Sequence[str] = ()) -> None:
+        """Show ``text``, and ``details`` in lines below, in place of the last update; where that cannot be replaced,
+        in one line, and only now and then."""
         if self._status is not None:
-            self._status.update(text)
+            self._status.update("\n  ".join([text, *details]))
         elif self._stream is not None and time.monotonic() >= self._next_line:
-            self._stream.write(text + "\n")
-            self._stream.flush()
+            self._write("; ".join([text, *details]))
             self._next_line = time.monotonic() + PLAIN_LINE_SECONDS
+
+    def note(self, text: str) -> None:
+        """Show a line that stays."""
+        if self._status is not None:
+            self._status.console.print(text, markup=False, highlight=False)
+        elif self._stream is not None:
+            self._write(text)
+
+    def _write(self, line: str) -> None:
+        assert self._stream is not None
+        self._stream.write(line + "\n")
+        self._stream.flush()
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from m2rnn.training.track_settings import SettingsError, TrackSettings
 ADAM_BETAS = (0.9, 0.98)
 MAX_GRADIENT_NORM = 1.0
 
-Outcome = Literal["solved", "step limit", "time limit"]
+Outcome = Literal["solved", "given up", "step limit", "time limit"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def train(
     display = display or Display()
     model = build_model(settings).train()
     optimizer = torch.optim.AdamW(model.parameters(), betas=ADAM_BETAS, weight_decay=0.0)
-    curriculum = Curriculum(settings.train_length, settings.steps, grow=settings.curriculum)
+    curriculum = Curriculum(settings.train_length, settings.steps, settings.curriculum, settings.patience)
     problem = settings.problem()
     saved = load_checkpoint(folder, model, optimizer)
     progress = Progress(**saved["progress"]) if saved else curriculum.start()
@@ -91,7 +91,7 @@ def train(
         state = {"progress": asdict(progress), "seconds": seconds(), "log_bytes": log.size_on_disk()}
         save_checkpoint(folder, progress.step, model, optimizer, state)
 
-    display.say(f"{settings.mixer}: compiling kernels, then from step {progress.step} on")
+    display.say(f"compiling kernels, then from step {progress.step} on")
     log_bytes = saved["log_bytes"] if saved else 0
     with Log(folder / LOG, keep_bytes=log_bytes) as log, interrupts_noted() as interrupted:
         while not curriculum.is_finished(progress) and (minutes is None or seconds() < 60 * minutes):
@@ -108,7 +108,7 @@ def train(
                 gradient_norm=gradient_norm,
             )
             display.update(
-                f"{settings.mixer}: step {progress.step} of at most {settings.steps}, length {length}, "
+                f"step {progress.step} of at most {settings.steps}, length {length}, "
                 f"loss {progress.smoothed_loss:.4f}, {seconds():.0f} s"
             )
             if progress.step % checkpoint_every == 0:
@@ -117,9 +117,13 @@ def train(
                 save()
                 raise KeyboardInterrupt
         save()
-    outcome: Outcome = "time limit" if not curriculum.is_finished(progress) else "step limit"
+    outcome: Outcome = "step limit"
     if progress.solved_at is not None:
         outcome = "solved"
+    elif curriculum.is_given_up(progress):
+        outcome = "given up"
+    elif not curriculum.is_finished(progress):
+        outcome = "time limit"
     return TrainingResult(model.eval(), outcome, progress, seconds())
 
 

@@ -22,6 +22,7 @@ class TrackSettings:
     train_length: int = 128
     curriculum: bool = True
     steps: int = 3000
+    patience: int | None = None  # steps at one length shorter than train_length, then the run is given up
     batch_size: int = 128
     learning_rate: float = 5e-3
     seed: int = 0
@@ -34,9 +35,9 @@ class TrackSettings:
             self.problem()
         except ValueError as error:
             raise SettingsError(str(error)) from error
-        for name in ("train_length", "steps", "batch_size", "test_sequences"):
+        for name in ("train_length", "steps", "patience", "batch_size", "test_sequences"):
             value = getattr(self, name)
-            if value < 1:
+            if value is not None and value < 1:
                 raise SettingsError(f"{name} {value}: expected a whole number of at least 1")
         if not self.learning_rate > 0:
             raise SettingsError(f"learning_rate {self.learning_rate}: expected a number above 0, like 5e-3")

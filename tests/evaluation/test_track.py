@@ -8,12 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matplotlib.image import imread
 from transformers import AutoModelForCausalLM
 
-from m2rnn.data.run_folder import RunFolderError
 from m2rnn.evaluation import track as tracking
-from m2rnn.evaluation.track_report import runs_of, table
+from m2rnn.evaluation.track_compare import compare
 from m2rnn.models import M2RNNForCausalLM
 from m2rnn.training.track_settings import SettingsError, TrackSettings
 
@@ -90,31 +88,16 @@ def test_the_score_is_that_of_the_test_split_in_batches_of_any_size(solved, monk
     assert whole.sequences == 50
 
 
-def test_a_comparison_puts_every_mixer_into_one_table_and_one_plot(tmp_path):
-    mixers = ["m2rnn", "gru", "attention"]
-    settings = TrackSettings(train_length=4, steps=2, batch_size=2, test_lengths=(4, 8), test_sequences=6)
-    results = tracking.compare(settings, mixers, tmp_path)
-    assert list(results["runs"]) == mixers
-    assert json.loads((tmp_path / "results.json").read_text()) == results
-    for mixer in mixers:
-        assert json.loads((tmp_path / mixer / "results.json").read_text()) == results["runs"][mixer]
-        assert (tmp_path / mixer / "model" / "model.safetensors").exists()
-    rows = [line.split()[:2] for line in table(runs_of(results)).splitlines()[1:7]]
-    assert rows == [[mixer, length] for mixer in mixers for length in ("4", "8")]
-    image = imread(tmp_path / "accuracy-by-length.png")
-    assert min(image.shape[:2]) > 400
-    assert len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 10  # lines of several colours
-    assert tracking.compare(settings, mixers, tmp_path) == results
-    with pytest.raises(RunFolderError, match="mixer"):
-        tracking.compare(settings, ["m2rnn"], tmp_path)
-
-
 def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     with pytest.raises(SettingsError, match="compare 'gru,gru'"):
-        tracking.compare(QUICK, ["gru", "gru"], folder)
+        compare(QUICK, ["gru", "gru"], [0], folder)
+    with pytest.raises(SettingsError, match="seeds '1,2,1'"):
+        compare(QUICK, ["gru"], [1, 2, 1], folder)
+    with pytest.raises(SettingsError, match="jobs 0"):
+        compare(QUICK, ["gru"], [0], folder, jobs=0)
     with pytest.raises(SettingsError, match="mixer 'lstm'"):
-        tracking.compare(TrackSettings(), ["gru", "lstm"], folder)
+        compare(TrackSettings(), ["gru", "lstm"], [0], folder)
     with pytest.raises(SettingsError, match="device 'abacus'"):
         tracking.track(TrackSettings(device="abacus"), folder)
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)

@@ -48,6 +48,18 @@ def test_one_bad_step_starts_the_count_again():
     assert solved_at(bad_step=30) > 30 + SOLVED_STEPS
 
 
+def test_patience_counts_steps_at_one_length_and_none_at_the_full_one():
+    slow = Curriculum(train_length=6, steps=5000, patience=100)
+    history = run(slow, lambda progress: 0.2 if progress.step < 50 or progress.length == 5 else 0.0)
+    lengthened = [progress.step for progress in history if progress.lengthened_at == progress.step]
+    assert history[-1].length == 5
+    assert history[-1].step == lengthened[-1] + 100 > 150
+    assert slow.is_given_up(history[-1])
+    assert history[-1].solved_at is None
+    full = Curriculum(train_length=4, steps=500, patience=100)
+    assert run(full, lambda progress: 1.0)[-1].step == 500
+
+
 @pytest.mark.parametrize("steps", [1, 7, 99, 100, 101, 5000])
 @pytest.mark.parametrize("loss", [0.0, 1.0])
 def test_learning_rate_rises_stays_and_falls(steps, loss):

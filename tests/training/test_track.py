@@ -72,6 +72,31 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(tmp_path):
         pass
 
 
+def test_ctrl_c_in_a_comparison_saves_every_run(tmp_path):
+    options = (
+        "--compare m2rnn,gru --jobs 2 --train-length 6 --steps 100000 --batch-size 4 --device cpu --model hidden_size=8"
+    )
+    command = [sys.executable, "-m", "m2rnn.cli", "track", "--out", str(tmp_path), *options.split()]
+    logs = [tmp_path / mixer / "seed-0" / "log.jsonl" for mixer in ("m2rnn", "gru")]
+    # A group of its own, all of which gets the signal, as from a terminal
+    with subprocess.Popen(
+        command, env=ENVIRONMENT, text=True, stderr=subprocess.PIPE, start_new_session=True
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not all(log.exists() and log.stat().st_size for log in logs) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command resumes" in errors
+    assert "Traceback" not in errors
+    for log in logs:
+        stopped_at = len(log.read_text().splitlines())
+        assert [path.name for path in (log.parent / "checkpoints").iterdir()] == [f"step-{stopped_at:08d}"]
+        with run_folder(log.parent, json.loads((log.parent / "settings.json").read_text())):
+            pass  # nobody holds it any more
+
+
 def test_an_interrupted_run_resumes_to_the_same_log_and_weights(tmp_path, monkeypatch):
     settings = TrackSettings(group="parity", model=TINY, train_length=6, steps=9, batch_size=4)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -129,6 +154,13 @@ def test_a_time_limit_ends_the_training(tmp_path):
     assert train(settings, tmp_path, minutes=0.01).progress == result.progress
 
 
+def test_a_run_that_stays_at_one_length_is_given_up(tmp_path):
+    settings = TrackSettings(model=TINY, steps=10_000, patience=7, batch_size=2, train_length=5)
+    result = train(settings, tmp_path)
+    assert (result.outcome, result.progress.step, result.progress.length) == ("given up", 7, 4)
+    assert train(settings, tmp_path).progress == result.progress
+
+
 def test_building_a_model_leaves_the_random_state_alone():
     settings = TrackSettings(model=TINY, seed=3)
     torch.manual_seed(5)
@@ -147,6 +179,7 @@ def test_building_a_model_leaves_the_random_state_alone():
         ({"inputs": "some"}, "inputs 'some'"),
         ({"seed": -1}, "seed -1"),
         ({"steps": 0}, "steps 0"),
+        ({"patience": 0}, "patience 0"),
         ({"train_length": -4}, "train_length -4"),
         ({"learning_rate": 0.0}, "learning_rate 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate nan"),

@@ -1,0 +1,85 @@
+"""``m2rnn track --compare``: every mixer with every seed, several runs at a time, one table and one plot of all."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from m2rnn.data.run_folder import PLOT, RESULTS, run_folder, to_json, write_whole_file
+from m2rnn.evaluation.track import Results, check_can_run, track
+from m2rnn.evaluation.track_report import by_mixer, spread, training_line, write_plot
+from m2rnn.training.display import Display
+from m2rnn.training.side_by_side import Failure, side_by_side
+from m2rnn.training.track_settings import SettingsError, TrackSettings
+
+
+def compare(
+    settings: TrackSettings,
+    mixers: Sequence[str],
+    seeds: Sequence[int],
+    folder: Path,
+    *,
+    jobs: int = 1,
+    overwrite: bool = False,
+    checkpoint_every: int = 100,
+    minutes: float | None = None,
+    display: Display | None = None,
+) -> Results:
+    """`track` each mixer with each seed in ``folder/mixer/seed-n``, ``jobs`` at a time, and put all into one
+    results.json and one plot.
+
+    Runs are processes of their own, on the GPUs in turn if the device is ``cuda``. The results have all ``runs`` by
+    name, for each mixer and length the mean, least and greatest accuracy over the seeds under ``summary``, and the
+    runs that ``failed``, which the same call tries again. Interrupted, it goes on where each run stands.
+    """
+    for name, values in (("compare", mixers), ("seeds", seeds)):
+        if not values or len(set(values)) < len(values):
+            raise SettingsError(f"{name} {','.join(map(str, values))!r}: expected one or more, each once")
+    if jobs < 1:
+        raise SettingsError(f"jobs {jobs}: expected a whole number of at least 1")
+    planned = {f"{mixer}/seed-{seed}": replace(settings, mixer=mixer, seed=seed) for seed in seeds for mixer in mixers}
+    for run in planned.values():
+        check_can_run(run)
+    display = display or Display()
+    options: dict[str, Any] = {"overwrite": overwrite, "checkpoint_every": checkpoint_every, "minutes": minutes}
+    with run_folder(folder, {**settings.as_json(), "mixer": list(mixers), "seed": list(seeds)}, overwrite):
+        runs: dict[str, Results] = {}
+        waiting = {}
+        for name, run in planned.items():
+            if (folder / name / RESULTS).exists() and not overwrite:
+                runs[name] = track(run, folder / name)
+            else:
+                waiting[name] = partial(track, run, folder / name, **options)
+        failed: dict[str, Failure] = {}
+        gpus = torch.cuda.device_count() if settings.device == "cuda" else 0
+        for name, outcome in side_by_side(waiting, jobs, display, gpus):
+            if isinstance(outcome, Failure):
+                failed[name] = outcome
+                display.note(f"{name} failed: {outcome.reason}")
+            else:
+                runs[name] = outcome
+                display.note(f"{name}: {training_line(outcome)}")
+        runs = {name: runs[name] for name in planned if name in runs}
+        results: Results = {
+            "runs": runs,
+            "summary": summary(runs),
+            "failed": {name: asdict(failure) for name, failure in failed.items()},
+        }
+        if runs:
+            write_plot(folder / PLOT, list(runs.values()))
+        write_whole_file(folder / RESULTS, to_json(results))
+        return results
+
+
+def summary(runs: Mapping[str, Results]) -> dict[str, Any]:
+    """By mixer, length and positions, how accuracy is spread over the seeds."""
+    return {
+        mixer: {
+            length: {positions: spread(same, length, positions) for positions in ("all", "last_quarter")}
+            for length in same[0]["accuracy"]
+        }
+        for mixer, same in by_mixer(runs.values()).items()
+    }

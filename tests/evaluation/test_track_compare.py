@@ -1,0 +1,90 @@
+"""`compare` runs every mixer with every seed and says how the results are spread."""
+
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from m2rnn.data.run_folder import RunFolderError, run_folder
+from m2rnn.evaluation import track_compare
+from m2rnn.evaluation.track_compare import compare
+from m2rnn.evaluation.track_report import comparison_table
+from m2rnn.training.display import Display
+from m2rnn.training.track_settings import TrackSettings
+
+MIXERS, SEEDS = ["m2rnn", "gru"], [0, 3]
+SETTINGS = TrackSettings(train_length=4, steps=2, batch_size=2, test_lengths=(4, 8), test_sequences=6)
+RUNS = ["m2rnn/seed-0", "gru/seed-0", "m2rnn/seed-3", "gru/seed-3"]
+
+
+def test_a_comparison_survives_a_failed_run_and_goes_on_with_it_alone(tmp_path, monkeypatch):
+    with run_folder(tmp_path, SETTINGS.as_json() | {"mixer": MIXERS, "seed": SEEDS}):
+        pass
+    in_the_way = tmp_path / "gru" / "seed-3"
+    in_the_way.mkdir(parents=True)
+    (in_the_way / "notes.txt").touch()
+    shown = io.StringIO()
+    results = compare(SETTINGS, MIXERS, SEEDS, tmp_path, jobs=1, display=Display(shown))
+    assert list(results["runs"]) == RUNS[:3]
+    assert list(results["failed"]) == ["gru/seed-3"]
+    assert "holds files, but no run" in results["failed"]["gru/seed-3"]["reason"]
+    notes = [line for line in shown.getvalue().splitlines() if " runs ended" not in line]
+    assert [note.split(":")[0] for note in notes] == [*RUNS[:3], "gru/seed-3 failed"]
+
+    shutil.rmtree(in_the_way)
+    started = []
+    original = track_compare.side_by_side
+
+    def side_by_side(runs, *rest):
+        started.extend(runs)
+        return original(runs, *rest)
+
+    monkeypatch.setattr(track_compare, "side_by_side", side_by_side)
+    whole = compare(SETTINGS, MIXERS, SEEDS, tmp_path)
+    assert started == ["gru/seed-3"]
+    assert whole["failed"] == {}
+    assert list(whole["runs"]) == RUNS
+    assert {name: whole["runs"][name] for name in RUNS[:3]} == results["runs"]
+    assert json.loads((tmp_path / "results.json").read_text()) == whole
+    for name in RUNS:
+        settings = whole["runs"][name]["settings"]
+        assert f"{settings['mixer']}/seed-{settings['seed']}" == name
+        assert json.loads((tmp_path / name / "results.json").read_text()) == whole["runs"][name]
+        assert (tmp_path / name / "model" / "model.safetensors").exists()
+
+    image = imread(tmp_path / "accuracy-by-length.png")
+    assert min(image.shape[:2]) > 400
+    assert len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 10  # lines and bands of several colours
+    assert compare(SETTINGS, MIXERS, SEEDS, tmp_path) == whole
+    with pytest.raises(RunFolderError, match="seed"):
+        compare(SETTINGS, MIXERS, [0], tmp_path)
+
+
+def result(mixer: str, seed: int, accuracy: float, outcome: str, steps: int) -> dict:
+    return {
+        "settings": {"mixer": mixer, "seed": seed, "train_length": 128},
+        "parameters": 58_824,
+        "chance": 1 / 6,
+        "training": {"outcome": outcome, "step": steps, "length": 128, "seconds": 60.0},
+        "accuracy": {"512": {"all": 1.0, "last_quarter": accuracy}},
+    }
+
+
+def test_the_spread_is_over_the_seeds_of_a_mixer():
+    runs = [
+        result("m2rnn", 0, 0.9, "solved", 700),
+        result("gru", 0, 0.2, "given up", 300),
+        result("m2rnn", 1, 0.6, "step limit", 3000),
+        result("m2rnn", 2, 1.0, "solved", 800),
+    ]
+    summary = track_compare.summary({str(number): run for number, run in enumerate(runs)})
+    assert summary["m2rnn"]["512"]["last_quarter"] == pytest.approx({"mean": 2.5 / 3, "least": 0.6, "greatest": 1.0})
+    assert summary["gru"]["512"]["last_quarter"] == {"mean": 0.2, "least": 0.2, "greatest": 0.2}
+    lines = comparison_table(runs).splitlines()
+    assert lines[1].split() == ["m2rnn", "512", "83.33%", "60.00%", "100.00%", "3", "16.7%"]
+    assert lines[2].split() == ["gru", "512", "20.00%", "20.00%", "20.00%", "1", "16.7%"]
+    assert "m2rnn: 2 of 3 solved; reached length 128 of 128 after 700 to 3000 steps, 60 s" in lines[-2]
+    assert "gru: not solved; given up at length 128 of 128 after 300 steps" in lines[-1]
