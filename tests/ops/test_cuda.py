@@ -88,22 +88,47 @@ def test_every_source_names_its_macros() -> None:
 
 @pytest.mark.parametrize("steps", [1, 31, 128, 4096, 5000])
 @pytest.mark.parametrize("step_bytes", [0, 1, 40_000, 10 << 20])
-def test_windows_fit_and_are_even(steps: int, step_bytes: int) -> None:
-    window = launch._window(steps, step_bytes)
-    fit = max(launch.PARTIAL_BYTES // max(step_bytes, 1), launch.CHUNK)
-    assert 1 <= window <= fit
+@pytest.mark.parametrize("slice_length", [96, 128, 10_000])
+def test_windows_fit_and_are_even(steps: int, step_bytes: int, slice_length: int) -> None:
+    window, length = launch._window(steps, step_bytes, slice_length)
+    if steps * step_bytes <= launch.PARTIAL_BYTES:
+        assert window == steps
+        return
+    least = launch.CHUNK * step_bytes  # what one chunk takes has to fit
+    assert 2 * window * step_bytes <= max(launch.PARTIAL_BYTES, 2 * least)
+    assert window % length == 0
+    assert length % launch.CHUNK == 0
     count = -(-steps // window)
-    assert count == 1 or window % launch.CHUNK == 0
-    assert count <= -(-steps // (fit - launch.CHUNK + 1)) + 1
+    assert count * window - steps < window
+    assert length == slice_length or window == length, "a slice is shortened only to fit into a window"
 
 
-def test_states_are_computed_ahead_only_where_all_blocks_run_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else warps that wait would take the place of warps that work."""
+@pytest.mark.parametrize(
+    ("units", "shared_heads", "slots", "together", "ahead"),
+    [
+        (84, 84, 1, 1, True),  # few heads: one a multiprocessor
+        (2 * 84, 84, 1, 1, True),  # in turns, rather than two on some and one on others
+        (4 * 84, 84, 2, 1, True),
+        (4 * 132, 132, 2, 2, False),  # enough for 16 warps everywhere
+        (8 * 84, 84, 2, 2, False),
+        (8 * 84, 1, 1, 4, False),  # each head with a q and k of its own
+    ],
+)
+def test_plan(
+    monkeypatch: pytest.MonkeyPatch, units: int, shared_heads: int, slots: int, together: int, ahead: bool
+) -> None:
     monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)
     monkeypatch.setattr(launch, "_shared_limit", lambda device: 227 << 10)
-    cuda = torch.device("cuda")
-    assert launch._ahead(84, BFLOAT16, cuda).ahead
-    assert launch._ahead(2 * 132, BFLOAT16, cuda).ahead
-    assert not launch._ahead(2 * 132 + 1, BFLOAT16, cuda).ahead
-    assert not launch._ahead(132, replace(BFLOAT16, slots=4), cuda).ahead
-    assert not launch._ahead(132, replace(BFLOAT16, value_dim=64), cuda).ahead  # needs too much shared memory
+    monkeypatch.setattr(launch, "_shared_total", lambda device: 228 << 10)
+    plan = launch._plan(units, shared_heads, replace(BFLOAT16, slots=1), torch.device("cuda"))
+    assert (plan.slots, plan.together, plan.ahead) == (slots, together, ahead)
+
+
+def test_plan_of_a_small_gpu_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 20)
+    monkeypatch.setattr(launch, "_shared_limit", lambda device: 99 << 10)
+    monkeypatch.setattr(launch, "_shared_total", lambda device: 100 << 10)
+    for warps, dtype, parts in ((4, torch.bfloat16, 1), (2, torch.float16, 2), (1, torch.float32, 3)):
+        single = launch._Variant(16, warps, 1, dtype, parts)
+        plan = launch._plan(1000, 8, single, torch.device("cuda"))
+        assert plan.together * (plan.shared_bytes("backward") + 1024) <= 100 << 10

@@ -14,14 +14,15 @@ struct Backward {
     const saved_t* saved;  // [B, (steps - 1) / CHUNK, heads, key_dim, V]
     const i64* offsets;    // [sequences + 1] of packed sequences, or null
     float* carry;          // [sequences, heads, key_dim, V]: c after the window's last step, then before its first
-    void *dq, *dk;         // [B, steps, source heads, key_stride]; if groups of heads share them, partial sums
-                           // [groups, B, window, source heads, key_stride]
+    void *dq, *dk;         // [B, steps, source heads, key_stride]
+    void *dq_parts, *dk_parts;  // if several blocks share a source head: [2, groups, B, window, source heads, key_stride]
     void* dv;              // [B, steps, heads, V], float32 if dv_float
     float* df;             // [B, steps, heads]
     float* dweight;        // [lanes, heads, V, V], added to
-    u32* finished;         // [lanes · groups of heads], slices done; null if there is one slice
-    i64 steps, window_begin, window_end, slice;  // the slice's length is a multiple of CHUNK
-    int heads, key_dim, key_stride, weight_repeat, sequences, lanes, dv_float;
+    u32* counters;         // slices done of each unit, blocks done of each window, blocks done of each window's sums;
+                           // null if there is one slice and no sum
+    i64 steps, window, slice;  // lengths: a window is a multiple of a slice, a slice of CHUNK
+    int heads, key_dim, key_stride, weight_repeat, sequences, lanes, windows, sum_blocks, dv_float;
     float clip;
 };
 
@@ -50,12 +51,27 @@ struct alignas(64) Kept {  // of 8 steps; warps a multiple of 64 bytes apart mee
 #define SLOT_THREADS (32 * WARPS * (1 + AHEAD))
 #define BUFFERS (AHEAD ? 3 : 1)  // of inputs: on their way, computing states, walking back
 
+#if PARTS == 1
+typedef u32 saved_pair_t;
+#else
+typedef float2 saved_pair_t;
+#endif
+
 struct Inputs {  // of a chunk
     char q[tile_bytes<CHUNK, ROWS>()];
     char k[tile_bytes<CHUNK, ROWS>()];
     char v[SLOTS][tile_bytes<CHUNK, V>()];
     char dy[SLOTS][tile_bytes<CHUNK, V>()];
     float f[SLOTS][CHUNK];
+    saved_pair_t state[SLOTS][WARPS][NT][2][32];  // before it, each lane's pairs
+};
+
+// Where a head's tensors begin in a sequence. In shared memory, since registers are scarce.
+struct Place {
+    const input_t *q, *k, *v, *dy;
+    const float* f;
+    const saved_t* saved;
+    i64 dq, dk, head;  // elements
 };
 
 struct BackwardShared {
@@ -63,7 +79,8 @@ struct BackwardShared {
     Registers end[1 + AHEAD][SLOTS][WARPS][PARTS * KS][32];  // the state after a chunk
     Inputs inputs[BUFFERS];
     float dweight[SLOTS][WARPS][V * V];  // dW of the chunks done, each warp's rows' share
-    float zeros[4];
+    alignas(16) float zeros[4];
+    Place place[SLOTS];
 };
 static_assert(sizeof(BackwardShared) == SHARED_BYTES, "the launcher counts otherwise");
 
@@ -77,6 +94,12 @@ struct Octet {  // 8 steps of the inputs, as operands for products with the matr
     RowSteps keys;
     ColumnSteps values, dys;
 };
+
+// x, but the compiler does not know: what follows from it is computed where it is needed, not kept in scarce registers.
+__device__ __forceinline__ int forgotten(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
 
 __device__ __forceinline__ void unpack(float (&h)[NT][4], const Packed& packed) {
 #pragma unroll
@@ -114,36 +137,24 @@ __device__ __forceinline__ void load_packed(Packed& packed, const Registers (&fr
     }
 }
 
-// A saved state, kept as it was read: to convert it at once would wait for it.
-struct Start {
-#if PARTS == 1
-    typedef u32 pair_t;
-#else
-    typedef float2 pair_t;
-#endif
-    pair_t pairs[NT][2];
+// What f is outside of a sequence, so that the carry stays as it is.
+__device__ const float one = 1.f;
 
-    __device__ __forceinline__ void load(const saved_t* state, int first_row, int rows, int lane) {
-        for_pairs(lane, [&](int n, int i, int row, int column) {
-            pairs[n][i / 2] = {};
-            if (first_row + row < rows) pairs[n][i / 2] = *(const pair_t*)(state + (i64)(first_row + row) * V + column);
-        });
-    }
-    __device__ __forceinline__ void unpack(float (&h)[NT][4]) const {
+__device__ __forceinline__ void load_staged(float (&h)[NT][4], const saved_pair_t (&state)[NT][2][32], int lane) {
 #pragma unroll
-        for (int n = 0; n < NT; n++)
+    for (int n = 0; n < NT; n++)
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
+        for (int half = 0; half < 2; half++) {
+            const saved_pair_t pair = state[n][half][lane];
 #if PARTS == 1
-                h[n][2 * half] = low_bf16(pairs[n][half]);
-                h[n][2 * half + 1] = high_bf16(pairs[n][half]);
+            h[n][2 * half] = low_bf16(pair);
+            h[n][2 * half + 1] = high_bf16(pair);
 #else
-                h[n][2 * half] = pairs[n][half].x;
-                h[n][2 * half + 1] = pairs[n][half].y;
+            h[n][2 * half] = pair.x;
+            h[n][2 * half + 1] = pair.y;
 #endif
-            }
-    }
-};
+        }
+}
 
 __device__ __forceinline__ void add(float4& sum, const float4 x) { sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w; }
 
@@ -153,6 +164,16 @@ __device__ __forceinline__ void store_pair(void* data, i64 index, float a, float
         *(float2*)((float*)data + index) = make_float2(a, b);
     else
         store_pair(data, index, a, b);
+}
+
+// x ← g x, two numbers at a time; adding -0 changes nothing.
+__device__ __forceinline__ void scale(Packed& x, float g) {
+    const u32 factor = pack_bf16(g, g);
+#pragma unroll
+    for (int k = 0; k < KS; k++)
+#pragma unroll
+        for (int r = 0; r < AREGS; r++)
+            asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(x.part[0][k][r]) : "r"(factor), "r"(0x80008000u));
 }
 
 // The column of one of the 8 steps of a 16 × 8 product, as pairs of rows r and r + 8.
@@ -187,13 +208,15 @@ __device__ __forceinline__ void step_back(
     for (int n = 0; n < NT; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const float grad = carry[n][i], gz = g * z[n][i];
+            const float grad = carry[n][i];
             df[i % 2] = fmaf(grad, h[n][i] - z[n][i], df[i % 2]);
-            dx[n][i] = grad * fmaf(-gz, z[n][i], g);
+            dx[n][i] = grad * fmaf(-z[n][i], z[n][i], 1.f);
+            if (PARTS > 1) dx[n][i] *= g;
         }
-    d.f[step] += df[0] + df[1];
+    d.f[step] = df[0] + df[1];
     Packed dx_packed;
     pack(dx_packed, dx);
+    if (PARTS == 1) scale(dx_packed, g);
     float back[NT][4];
     start_sum(back, carry, f);
     multiply(back, dx_packed, transposed_weight);
@@ -236,39 +259,117 @@ __device__ __forceinline__ float sum_lanes(float (&x)[8], int lane) {
     return x[0];
 }
 
-// Blocks of other slices or heads on the same multiprocessor, where registers allow: they are at another phase.
-constexpr int BLOCKS = V <= 16 && PARTS == 1 && ALL_THREADS < 512 ? 512 / ALL_THREADS : 1;
+// Several blocks share a head of q or k. Each writes its sums of dq and dk over its own heads for a window of time; the
+// sum of these, in the blocks' order and in float32, is a task of its own. The parts of every second window share memory.
+struct Parts {
+    const void* parts;  // [2, groups, batches, window, row], bfloat16 for bfloat16 in one part, else float32
+    void* out;          // [batches, steps, row]
+    i64 batches, steps, window;
+    int groups, row;
 
-extern "C" __global__ void __launch_bounds__(ALL_THREADS, BLOCKS) m2rnn_backward(const Backward p) {
+    __device__ __forceinline__ i64 offset(int which, int group, i64 batch) const {
+        return ((which % 2 * groups + group) * batches + batch) * window * row;
+    }
+
+    // Eight channels a thread, by all blocks of the task.
+    __device__ __forceinline__ void sum(int which, i64 begin, i64 end, u32 part, u32 part_count) const {
+        const i64 length = (end - begin) * row / 8, total = batches * length, stride = batches * window * row;
+        for (i64 i = (i64)part * ALL_THREADS + threadIdx.x; i < total; i += (i64)part_count * ALL_THREADS) {
+            const i64 batch = i / length, rest = 8 * (i % length), first = offset(which, 0, batch) + rest;
+            float4 sums[2] = {};
+#pragma unroll 8
+            for (int group = 0; group < groups; group++) {
+                const i64 from = first + group * stride;
+#if PARTS == 1
+                const uint4 x = *(const uint4*)((const u16*)parts + from);
+                add(sums[0], make_float4(low_bf16(x.x), high_bf16(x.x), low_bf16(x.y), high_bf16(x.y)));
+                add(sums[1], make_float4(low_bf16(x.z), high_bf16(x.z), low_bf16(x.w), high_bf16(x.w)));
+#else
+                add(sums[0], *(const float4*)((const float*)parts + from));
+                add(sums[1], *(const float4*)((const float*)parts + from + 4));
+#endif
+            }
+            const i64 to = (batch * steps + begin) * row + rest;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                store_pair(out, to + 4 * half, sums[half].x, sums[half].y);
+                store_pair(out, to + 4 * half + 2, sums[half].z, sums[half].w);
+            }
+        }
+    }
+};
+
+// What a block does: a slice of a window of time for the heads of a unit, or some of a window's sums. From the last step
+// to the first, in the order of the blocks' indices. A window's sums come after the next window's first slices, which keep
+// the GPU busy while its last blocks end.
+struct Task {
+    bool sums;
+    int units, slices, window, index;  // of the block among those of the slices or of the sums
+
+    __device__ __forceinline__ Task(const Backward& p, int block) {
+        units = p.heads / SLOTS * p.lanes;
+        slices = (int)((p.window + p.slice - 1) / p.slice);
+        const int blocks = units * slices + p.sum_blocks, i = block % blocks;
+        window = block / blocks;
+        sums = window == p.windows || (i >= units && i < units + p.sum_blocks);
+        index = window == p.windows || i < units ? i : sums ? i - units : i - p.sum_blocks;
+        window -= sums;
+    }
+    __device__ __forceinline__ int unit() const { return index % units; }
+    __device__ __forceinline__ int slice() const { return index / units; }
+    __device__ __forceinline__ i64 window_begin(const Backward& p) const { return (p.windows - 1 - window) * p.window; }
+    __device__ __forceinline__ i64 slice_begin(const Backward& p) const {
+        return window_begin(p) + (slices - 1 - slice()) * p.slice;  // the last comes first
+    }
+    __device__ __forceinline__ u32* slices_done(const Backward& p) const { return p.counters + unit(); }
+    __device__ __forceinline__ u32* blocks_done(const Backward& p) const { return p.counters + units + window; }
+    __device__ __forceinline__ u32* sums_done(const Backward& p) const { return p.counters + units + p.windows + window; }
+};
+
+extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backward(const Backward p) {
     extern __shared__ __align__(64) char memory[];
     BackwardShared& shared = *(BackwardShared*)memory;
-    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32 % WARPS, slot = thread / 32 / WARPS % SLOTS;
-    const bool recomputes = !AHEAD || thread >= THREADS, walks = thread < THREADS;
-    const int slot_thread = thread % (32 * WARPS) + thread / THREADS * (32 * WARPS), row = 16 * warp;
-    const u32 groups = p.heads / SLOTS;
-    const u32 unit = blockIdx.x % (groups * p.lanes), slice = blockIdx.x / (groups * p.lanes), unit_lane = unit / groups;
-    const int first_head = unit % groups * SLOTS, head = first_head + slot;
-    const i64 slices = (p.window_end - p.window_begin + p.slice - 1) / p.slice;
-    const i64 slice_begin = p.window_begin + (slices - 1 - slice) * p.slice;  // the last comes first
-    const i64 slice_end = slice_begin + p.slice < p.window_end ? slice_begin + p.slice : p.window_end;
-    u32* finished = p.finished ? p.finished + unit : nullptr;
-    wait_for_slice(finished, slice);
+    const int thread = threadIdx.x, lane = thread % 32;
+    // From lane 0, so that the compiler knows what is the same in all lanes, and keeps it in uniform registers
+    const int all_warps = __shfl_sync(0xffffffffu, thread / 32, 0);
+    const int warp = all_warps % WARPS, slot = all_warps / WARPS % SLOTS, half = all_warps / (WARPS * SLOTS);
+    const bool recomputes = !AHEAD || half == 1, walks = half == 0;
+    const int own_slot_thread = 32 * (all_warps % WARPS + WARPS * half) + lane, row = 16 * warp;
+    const i64 batches = p.offsets ? 1 : p.sequences;
+    const int q_row = p.heads / p.q.repeat * p.key_stride, k_row = p.heads / p.k.repeat * p.key_stride;
+    const Parts dq{p.dq_parts, p.dq, batches, p.steps, p.window, p.q.repeat / SLOTS, q_row};
+    const Parts dk{p.dk_parts, p.dk, batches, p.steps, p.window, p.k.repeat / SLOTS, k_row};
+
+    const Task task(p, blockIdx.x);
+    if (task.sums) {
+        if (task.window < 0) return;
+        wait_until(task.blocks_done(p), task.units * task.slices);
+        const i64 begin = task.window_begin(p), end = begin + p.window < p.steps ? begin + p.window : p.steps;
+        if (dq.parts) dq.sum(task.window, begin, end, task.index, p.sum_blocks);
+        if (dk.parts) dk.sum(task.window, begin, end, task.index, p.sum_blocks);
+        __syncthreads();
+        if (thread == 0) count_up(task.sums_done(p));
+        return;
+    }
+    if (p.counters) {
+        wait_until(task.slices_done(p), task.window * task.slices + task.slice());
+        if (p.sum_blocks && task.window >= 2) wait_until(task.sums_done(p) - 2, p.sum_blocks);
+    }
+    const int groups = p.heads / SLOTS, unit_lane = task.unit() / groups;
+    const int first_head = task.unit() % groups * SLOTS, head = first_head + slot;
+    const i64 window_begin = task.window_begin(p), slice_begin = task.slice_begin(p);
+    const i64 slice_end = slice_begin + p.slice < p.steps ? slice_begin + p.slice : p.steps;
 
     Matrix weight, transposed_weight;
     load_matrix(weight, p.weight + head / p.weight_repeat * V * V, false, lane);
     load_matrix(transposed_weight, p.weight + head / p.weight_repeat * V * V, true, lane);
     Gradients d;
-    float* dweight = shared.dweight[slot][warp];
     if (walks)
-        for (int i = lane; i < V * V; i += 32) dweight[i] = 0.f;
+        for (int i = lane; i < V * V; i += 32) shared.dweight[slot][warp][i] = 0.f;
     __syncwarp();
     const u32 zeros = shared_address(shared.zeros);
     if (thread < 4) shared.zeros[thread] = 0.f;
 
-    // dq and dk are final where a block has all heads of their source, else partial sums over its heads
-    const i64 window = p.window_end - p.window_begin, batches = p.offsets ? 1 : p.sequences;
-    const bool q_final = p.q.repeat == SLOTS, k_final = p.k.repeat == SLOTS;
-    const int q_row = p.heads / p.q.repeat * p.key_stride, k_row = p.heads / p.k.repeat * p.key_stride;
     const int q_head = first_head / p.q.repeat, q_group = first_head % p.q.repeat / SLOTS;
     const int k_head = first_head / p.k.repeat, k_group = first_head % p.k.repeat / SLOTS;
 
@@ -279,36 +380,45 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, BLOCKS) m2rnn_backward
         const i64 last_step = (end < slice_end ? end : slice_end) - 1;
         if (first_step > last_step) continue;
 
-        const input_t* q = (const input_t*)p.q.data + batch * p.q.batch + q_head * p.q.head;
-        const input_t* k = (const input_t*)p.k.data + batch * p.k.batch + k_head * p.k.head;
-        const input_t* v = (const input_t*)p.v.data + batch * p.v.batch + head / p.v.repeat * p.v.head;
-        const input_t* dy = (const input_t*)p.dy.data + batch * p.dy.batch + head * p.dy.head;
-        const i64 f_offset = batch * p.f.batch + head / p.f.repeat * p.f.head;
         const i64 state_offset = ((i64)sequence * p.heads + head) * p.key_dim * V;
-        const i64 q_offset = (q_final ? batch * p.steps : (q_group * batches + batch) * window - p.window_begin) * q_row + q_head * p.key_stride;
-        const i64 k_offset = (k_final ? batch * p.steps : (k_group * batches + batch) * window - p.window_begin) * k_row + k_head * p.key_stride;
-        const i64 head_offset = batch * p.steps * p.heads + head;
         load_state(d.carry, p.carry + state_offset, row, p.key_dim, lane);
+        __syncthreads();  // the sequence before this one is done with the shared memory
+        volatile Place& place = shared.place[slot];
+        if (own_slot_thread == 0) {
+            place.q = (const input_t*)p.q.data + batch * p.q.batch + q_head * p.q.head;
+            place.k = (const input_t*)p.k.data + batch * p.k.batch + k_head * p.k.head;
+            place.v = (const input_t*)p.v.data + batch * p.v.batch + head / p.v.repeat * p.v.head;
+            place.dy = (const input_t*)p.dy.data + batch * p.dy.batch + head * p.dy.head;
+            place.f = (const float*)p.f.data + batch * p.f.batch + head / p.f.repeat * p.f.head;
+            place.saved = p.saved + ((batch * ((p.steps - 1) / CHUNK) - 1) * p.heads + head) * p.key_dim * V;
+            place.dq = (dq.parts ? dq.offset(task.window, q_group, batch) - window_begin * q_row : batch * p.steps * q_row) + q_head * p.key_stride;
+            place.dk = (dk.parts ? dk.offset(task.window, k_group, batch) - window_begin * k_row : batch * p.steps * k_row) + k_head * p.key_stride;
+            place.head = batch * p.steps * p.heads + head;
+        }
+        __syncthreads();
 
-        Start start;  // the states before the chunk whose inputs are on their way
-        float next_f = 1.f;
         auto stage_chunk = [&](i64 first, int buffer) {
             Inputs& in = shared.inputs[buffer];
-            stage<CHUNK, ROWS, ALL_THREADS>(in.q, q + first * p.q.time, p.q.time, first, begin, end, p.key_dim, thread);
-            stage<CHUNK, ROWS, ALL_THREADS>(in.k, k + first * p.k.time, p.k.time, first, begin, end, p.key_dim, thread);
-            stage<CHUNK, V, SLOT_THREADS>(in.v[slot], v + first * p.v.time, p.v.time, first, begin, end, V, slot_thread);
-            stage<CHUNK, V, SLOT_THREADS>(in.dy[slot], dy + first * p.dy.time, p.dy.time, first, begin, end, V, slot_thread);
+            const int thread = forgotten(threadIdx.x), slot_thread = forgotten(own_slot_thread), lane = thread % 32;
+            stage_two<CHUNK, ROWS, ALL_THREADS>(
+                in.q, in.k, place.q + first * p.q.time, place.k + first * p.k.time, p.q.time, p.k.time, first, begin, end, p.key_dim, thread);
+            stage_two<CHUNK, V, SLOT_THREADS>(
+                in.v[slot], in.dy[slot], place.v + first * p.v.time, place.dy + first * p.dy.time, p.v.time, p.dy.time, first, begin, end, V, slot_thread);
+            if (slot_thread < CHUNK) {
+                const bool valid = first + slot_thread >= begin && first + slot_thread < end;
+                copy<4>(&in.f[slot][slot_thread], valid ? place.f + (first + slot_thread) * p.f.time : &one, true);
+            }
+            if (recomputes && first > begin) {
+                const saved_t* state = place.saved + first / CHUNK * p.heads * p.key_dim * V;
+                for_pairs(lane, [&](int n, int i, int matrix_row, int column) {
+                    const bool valid = row + matrix_row < p.key_dim;
+                    const saved_t* from = valid ? state + (row + matrix_row) * V + column : state;
+                    copy<sizeof(saved_pair_t)>(&in.state[slot][warp][n][i / 2][lane], from, valid);
+                });
+            }
             copies_issued();
-            const i64 index = batch * ((p.steps - 1) / CHUNK) + first / CHUNK - 1;
-            if (recomputes && first > begin)
-                start.load(p.saved + (index * p.heads + head) * p.key_dim * V, row, p.key_dim, lane);
-            // f = 1 outside of the sequence leaves the carry as it is
-            next_f = 1.f;
-            if (slot_thread < CHUNK && first + slot_thread >= begin && first + slot_thread < end)
-                next_f = ((const float*)p.f.data)[f_offset + (first + slot_thread) * p.f.time];
         };
-        auto chunk_arrived = [&](int buffer) {
-            if (slot_thread < CHUNK) shared.inputs[buffer].f[slot][slot_thread] = next_f;
+        auto chunk_arrived = [&] {
             copies_done();
             __syncthreads();
         };
@@ -322,7 +432,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, BLOCKS) m2rnn_backward
             float h[NT][4];
             Packed packed;
             if (first > begin)
-                start.unpack(h);
+                load_staged(h, in.state[slot][warp], lane);
             else
                 load_state(h, p.initial ? p.initial + state_offset : nullptr, row, p.key_dim, lane);
             pack(packed, h);
@@ -365,8 +475,6 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, BLOCKS) m2rnn_backward
                 load_rows<CHUNK>(operands.keys, k_tile, octet, row, lane);
                 load_columns<CHUNK>(operands.values, v_tile, octet, lane);
                 load_columns<CHUNK>(operands.dys, dy_tile, octet, lane);
-#pragma unroll
-                for (int i = 0; i < 8; i++) d.f[i] = 0.f;
 
                 auto add_output_gradient = [&](const Outer& query_dy, int step) {  // G = q dyᵀ + clamp(c)
 #if CLIP
@@ -398,8 +506,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, BLOCKS) m2rnn_backward
 #pragma unroll
                     for (int n = 0; n < NT; n++)
 #pragma unroll
-                        for (int i = 0; i < 4; i++) h1[n][i] = h0[n][i];
-                    blend(h1, z0, f.x);
+                        for (int i = 0; i < 4; i++) h1[n][i] = fmaf(f.x, h0[n][i] - z0[n][i], z0[n][i]);
                     pack(between, h1);
                     clear(z1);
                     add_outer<CHUNK>(z1, key_value[1], octet + step + 1, row, in.k, in.v[slot], lane);
@@ -417,9 +524,10 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, BLOCKS) m2rnn_backward
                 const float df = sum_lanes(d.f, lane);
                 if (lane < 8) octet_kept.df[lane] = df;
             }
+            float* dweight = shared.dweight[slot][warp];
 #pragma unroll
             for (int k = 0; k < KS; k++)
-                for_pairs(lane, [&](int n, int i, int matrix_row, int column) {
+                for_pairs(forgotten(lane), [&](int n, int i, int matrix_row, int column) {
                     if (16 * k + matrix_row >= V) return;
                     dweight[column * V + 16 * k + matrix_row] += d.weight[k][n][i];
                     dweight[(column + 1) * V + 16 * k + matrix_row] += d.weight[k][n][i + 1];
@@ -427,25 +535,27 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, BLOCKS) m2rnn_backward
         };
 
         auto write_gradients = [&](i64 first, int keep) {
+            const int thread = forgotten(threadIdx.x), slot_thread = forgotten(own_slot_thread);
 #pragma unroll
             for (int j = 0; j < (CHUNK * ROWS / 4 + ALL_THREADS - 1) / ALL_THREADS; j++) {
                 const int i = thread + j * ALL_THREADS, step = i / (ROWS / 4), tile = i / 4 % (ROWS / 16), r = i % 4 * 2;
                 const int channel = 16 * tile + r;  // and the next, and those 8 further
                 if (step < low(first) || step >= high(first) || channel >= p.key_dim) continue;
-                float4 dq = make_float4(0.f, 0.f, 0.f, 0.f), dk = dq;
+                float4 q_sum = make_float4(0.f, 0.f, 0.f, 0.f), k_sum = q_sum;
 #pragma unroll
                 for (int s = 0; s < SLOTS; s++) {
                     const auto& part = shared.kept[keep][step / 8][s][tile].pairs[step % 8 / 2].gradients;
-                    add(dq, *(const float4*)&part.dq[step % 2][r]);
-                    add(dk, *(const float4*)&part.dk[step % 2][r]);
+                    add(q_sum, *(const float4*)&part.dq[step % 2][r]);
+                    add(k_sum, *(const float4*)&part.dk[step % 2][r]);
                 }
-                const i64 q_at = q_offset + (first + step) * q_row + channel, k_at = k_offset + (first + step) * k_row + channel;
-                const bool q_as_float = PARTS > 1 && !q_final, k_as_float = PARTS > 1 && !k_final;
-                store_pair(p.dq, q_at, dq.x, dq.z, q_as_float);
-                store_pair(p.dk, k_at, dk.x, dk.z, k_as_float);
+                const i64 q_at = place.dq + (first + step) * q_row + channel, k_at = place.dk + (first + step) * k_row + channel;
+                const bool q_as_float = PARTS > 1 && dq.parts, k_as_float = PARTS > 1 && dk.parts;
+                void *q_out = dq.parts ? p.dq_parts : p.dq, *k_out = dk.parts ? p.dk_parts : p.dk;
+                store_pair(q_out, q_at, q_sum.x, q_sum.z, q_as_float);
+                store_pair(k_out, k_at, k_sum.x, k_sum.z, k_as_float);
                 if (channel + 8 >= p.key_dim) continue;
-                store_pair(p.dq, q_at + 8, dq.y, dq.w, q_as_float);
-                store_pair(p.dk, k_at + 8, dk.y, dk.w, k_as_float);
+                store_pair(q_out, q_at + 8, q_sum.y, q_sum.w, q_as_float);
+                store_pair(k_out, k_at + 8, k_sum.y, k_sum.w, k_as_float);
             }
 #pragma unroll
             for (int j = 0; j < (CHUNK * KS * 4 + SLOT_THREADS - 1) / SLOT_THREADS; j++) {
@@ -459,7 +569,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, BLOCKS) m2rnn_backward
                     add(dv, *(const float4*)&part.pairs[step % 8 / 2].gradients.dv[step % 2][tile][r]);
                     df += part.df[step % 8];
                 }
-                const i64 at = head_offset + (first + step) * p.heads;
+                const i64 at = place.head + (first + step) * p.heads;
                 store_pair(p.dv, at * V + 16 * tile + r, dv.x, dv.z, p.dv_float);
                 if (V > 8) store_pair(p.dv, at * V + 16 * tile + r + 8, dv.y, dv.w, p.dv_float);
                 if (i % (KS * 4) == 0) p.df[at] = df;
@@ -467,10 +577,9 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, BLOCKS) m2rnn_backward
         };
 
         const i64 last_chunk = last_step / CHUNK * CHUNK;
-        __syncthreads();  // the sequence before this one is done with the shared memory
         stage_chunk(last_chunk, 0);
 #if AHEAD
-        chunk_arrived(0);
+        chunk_arrived();
         int buffer = 2, ahead = 0, keep = 0;  // of this chunk, and of the one before it in time
         for (i64 first = last_chunk + CHUNK; first + CHUNK > first_step; first -= CHUNK) {
             const int arriving = ahead == 2 ? 0 : ahead + 1;
@@ -478,7 +587,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, BLOCKS) m2rnn_backward
             if (recomputes && first > first_step) recompute(first - CHUNK, ahead, keep ^ 1);
             if (first - CHUNK > first_step) stage_chunk(first - 2 * CHUNK, arriving);
             if (walks && has_states) walk_back(first, buffer, keep);
-            chunk_arrived(arriving);
+            chunk_arrived();
             if (has_states) {
                 write_gradients(first, keep);
                 __syncthreads();
@@ -487,7 +596,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, BLOCKS) m2rnn_backward
         }
 #else
         for (i64 first = last_chunk; first + CHUNK > first_step; first -= CHUNK) {
-            chunk_arrived(0);
+            chunk_arrived();
             recompute(first, 0, 0);
             __syncwarp();
             walk_back(first, 0, 0);
@@ -502,43 +611,17 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, BLOCKS) m2rnn_backward
 
     __syncthreads();
     float* total = p.dweight + ((i64)unit_lane * p.heads + head) * V * V;
-    for (int i = slot_thread; i < V * V; i += SLOT_THREADS) {
+    for (int i = own_slot_thread; i < V * V; i += SLOT_THREADS) {
         float sum = 0.f;
         for (int w = 0; w < WARPS; w++) sum += shared.dweight[slot][w][i];
         total[i] += sum;
     }
-    finish_slice(finished, slice);
-}
-
-// out[batch, window_begin + step] = Σ over groups of partial[group, batch, step], in the groups' order and float32; eight
-// channels a thread, `row` channels in a step.
-struct Sum {
-    const void* partial;  // bfloat16 for bfloat16 in one part, else float32
-    void* out;
-    i64 steps, window_begin, window, batches;
-    int groups, row;
-};
-
-extern "C" __global__ void m2rnn_sum(const Sum p) {
-    const i64 index = 8 * ((i64)blockIdx.x * blockDim.x + threadIdx.x), size = p.batches * p.window * p.row;
-    if (index >= size) return;
-    float4 sum[2] = {};
-    for (int group = 0; group < p.groups; group++) {
-        const i64 from = group * size + index;
-#if PARTS == 1
-        const uint4 x = *(const uint4*)((const u16*)p.partial + from);
-        add(sum[0], make_float4(low_bf16(x.x), high_bf16(x.x), low_bf16(x.y), high_bf16(x.y)));
-        add(sum[1], make_float4(low_bf16(x.z), high_bf16(x.z), low_bf16(x.w), high_bf16(x.w)));
-#else
-        add(sum[0], *(const float4*)((const float*)p.partial + from));
-        add(sum[1], *(const float4*)((const float*)p.partial + from + 4));
-#endif
-    }
-    const i64 batch = index / (p.window * p.row), rest = index % (p.window * p.row);
-    const i64 to = (batch * p.steps + p.window_begin) * p.row + rest;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        store_pair(p.out, to + 4 * i, sum[i].x, sum[i].y);
-        store_pair(p.out, to + 4 * i + 2, sum[i].z, sum[i].w);
+    if (p.counters) {
+        __syncthreads();
+        if (thread == 0) {
+            const Task done(p, forgotten(blockIdx.x));
+            count_up(done.slices_done(p));
+            if (p.sum_blocks) count_up(done.blocks_done(p));
+        }
     }
 }

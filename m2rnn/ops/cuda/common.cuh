@@ -363,37 +363,70 @@ __device__ __forceinline__ void add_product(float (&y)[4], const Packed& a, cons
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-__device__ __forceinline__ void copy16(u32 to, const void* from, bool valid) {
-    const int bytes = valid ? 16 : 0;  // the rest is filled with zeros
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+template <int BYTES>
+__device__ __forceinline__ void copy(void* to, const void* from, bool valid) {
+    const int bytes = valid ? BYTES : 0;  // the rest is filled with zeros
+    if (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(BYTES), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void copies_issued() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
-// Rows [first, first + LENGTH) of a tensor, of which [begin, end) are read and the rest are zero, to a tile
-// [PARTS][LENGTH][COLUMNS + PAD] of bfloat16. `data` points at channel 0 of step `first`; THREADS threads share the work.
+// Piece i of rows [first, first + LENGTH) of a tensor, of which [begin, end) are read and the rest are zero, to a tile
+// [PARTS][LENGTH][COLUMNS + PAD] of bfloat16. `data` points at channel 0 of step `first`.
+template <int LENGTH, int COLUMNS>
+__device__ __forceinline__ void stage_piece(
+    char* tile, const input_t* data, i64 stride, i64 first, i64 begin, i64 end, int columns, int i
+) {
+    constexpr int width = PARTS == 1 ? 8 : 2, pieces = COLUMNS / width;
+    const int low = (int)(begin > first ? begin - first : 0);
+    const int high = (int)(end - first < LENGTH ? end - first : LENGTH);
+    const int row = i / pieces, column = i % pieces * width;
+    const bool valid = row >= low && row < high && column < columns;
+    const input_t* from = valid ? data + (row * stride + column) : data;
+#if PARTS == 1
+    copy<16>(tile + 2 * (row * (COLUMNS + PAD) + column), from, valid);
+#else
+    u32 parts[PARTS];
+    split(valid ? load_as_float(from, 0) : 0.f, valid ? load_as_float(from, 1) : 0.f, parts);
+#pragma unroll
+    for (int p = 0; p < PARTS; p++) *(u32*)(tile + 2 * ((p * LENGTH + row) * (COLUMNS + PAD) + column)) = parts[p];
+#endif
+}
+template <int LENGTH, int COLUMNS>
+__device__ constexpr int pieces() {
+    return LENGTH * COLUMNS / (PARTS == 1 ? 8 : 2);
+}
+
+// All pieces, by COUNT threads; and those of two tensors.
 template <int LENGTH, int COLUMNS, int COUNT>
 __device__ __forceinline__ void stage(
     char* tile, const input_t* data, i64 stride, i64 first, i64 begin, i64 end, int columns, int thread
 ) {
-    constexpr int width = PARTS == 1 ? 8 : 2, pieces = COLUMNS / width, total = LENGTH * pieces;
-    const int low = (int)(begin > first ? begin - first : 0);
-    const int high = (int)(end - first < LENGTH ? end - first : LENGTH);
+    constexpr int total = pieces<LENGTH, COLUMNS>();
 #pragma unroll
     for (int j = 0; j < (total + COUNT - 1) / COUNT; j++) {
         const int i = thread + j * COUNT;
         if (total % COUNT != 0 && i >= total) break;
-        const int row = i / pieces, column = i % pieces * width;
-        const bool valid = row >= low && row < high && column < columns;
-        const input_t* from = valid ? data + (row * stride + column) : data;
-#if PARTS == 1
-        copy16(shared_address(tile) + 2 * (row * (COLUMNS + PAD) + column), from, valid);
-#else
-        u32 parts[PARTS];
-        split(valid ? load_as_float(from, 0) : 0.f, valid ? load_as_float(from, 1) : 0.f, parts);
+        stage_piece<LENGTH, COLUMNS>(tile, data, stride, first, begin, end, columns, i);
+    }
+}
+template <int LENGTH, int COLUMNS, int COUNT>
+__device__ __forceinline__ void stage_two(
+    char* tile, char* other_tile, const input_t* data, const input_t* other_data, i64 stride, i64 other_stride,
+    i64 first, i64 begin, i64 end, int columns, int thread
+) {
+    constexpr int one = pieces<LENGTH, COLUMNS>();
 #pragma unroll
-        for (int p = 0; p < PARTS; p++) *(u32*)(tile + 2 * ((p * LENGTH + row) * (COLUMNS + PAD) + column)) = parts[p];
-#endif
+    for (int j = 0; j < (2 * one + COUNT - 1) / COUNT; j++) {
+        const int i = thread + j * COUNT;
+        if (2 * one % COUNT != 0 && i >= 2 * one) break;
+        const bool other = i >= one;
+        stage_piece<LENGTH, COLUMNS>(
+            other ? other_tile : tile, other ? other_data : data, other ? other_stride : stride, first, begin, end,
+            columns, other ? i - one : i);
     }
 }
 
@@ -408,25 +441,21 @@ __device__ constexpr int tile_bytes() {
 // from one slice's block to the next through global memory, and whichever multiprocessor is free takes the next block.
 // Blocks start in the order of their index, so the one that a block waits for has started before it.
 
-__device__ __forceinline__ void wait_for_slice(const u32* finished, u32 slice) {
-    if (!finished || slice == 0) return;
+__device__ __forceinline__ void wait_until(const u32* counter, u32 count) {
     if (threadIdx.x == 0) {
-        u32 count;
+        u32 now;
         while (true) {
-            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(finished) : "memory");
-            if (count >= slice) break;
+            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+            if (now >= count) break;
             __nanosleep(200);
         }
     }
     __syncthreads();
 }
-__device__ __forceinline__ void finish_slice(u32* finished, u32 slice) {
-    if (!finished) return;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(finished), "r"(slice + 1) : "memory");
-    }
+// By one thread, after the others have arrived at a barrier.
+__device__ __forceinline__ void count_up(u32* counter) {
+    __threadfence();
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(1) : "memory");
 }
 
 // --------------------------------------------------------------------------------------------------- states

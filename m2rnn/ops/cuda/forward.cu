@@ -49,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_forward(const Forwar
 
     const i64 state_offset = (sequence * p.heads + head) * p.key_dim * V;
     u32* finished = p.finished ? p.finished + unit : nullptr;
-    wait_for_slice(finished, slice);
+    if (finished) wait_until(finished, slice);
     const float* start = from > begin ? p.final : p.initial;
     float h[NT][4];
     Packed packed;
@@ -151,5 +151,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_forward(const Forwar
     }
     if (from < to || slice == 0)  // an empty sequence ends as it starts
         store_state(h, p.final + state_offset, row, p.key_dim, lane);
-    finish_slice(finished, slice);
+    if (finished) {
+        __syncthreads();
+        if (thread == 0) count_up(finished);
+    }
 }

@@ -20,8 +20,12 @@ from m2rnn.ops.shapes import cuda_parts, cuda_width, head_count, output_dtype
 
 STAGE = 32  # steps in shared memory at a time in the forward pass, as in forward.cu
 PAD = 8  # as in common.cuh
-SLICE = 128  # steps of a slice of time, long against what a block takes to start
+SLICE = 128  # steps of the shortest slice of time, long against what a block takes to start
 PARTIAL_BYTES = 64 << 20  # for sums of dq and dk over groups of heads
+# A step of the backward pass on a multiprocessor of an H100, by its warps: 4 (and 4 that work ahead), 8 (and 8), 12 and
+# 16. And what a block's partial sums of a step cost, with all multiprocessors at it.
+STEP_NS = (230, 366, 520, 617)
+PARTIAL_NS = 0.2
 DWEIGHT_BYTES = 64 << 20  # for sums of dW over sequences
 
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # INPUT
@@ -55,20 +59,11 @@ class _Backward(ctypes.Structure):
     _fields_ = (
         *((name, _Strided) for name in ("q", "k", "v", "f", "dy")),
         *((name, ctypes.c_void_p) for name in ("weight", "initial", "saved", "offsets", "carry")),
-        *((name, ctypes.c_void_p) for name in ("dq", "dk", "dv", "df", "dweight", "finished")),
-        *((name, ctypes.c_int64) for name in ("steps", "window_begin", "window_end", "slice")),
+        *((name, ctypes.c_void_p) for name in ("dq", "dk", "dq_parts", "dk_parts", "dv", "df", "dweight", "counters")),
+        *((name, ctypes.c_int64) for name in ("steps", "window", "slice")),
         *((name, ctypes.c_int32) for name in ("heads", "key_dim", "key_stride", "weight_repeat", "sequences", "lanes")),
-        ("dv_float", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("windows", "sum_blocks", "dv_float")),
         ("clip", ctypes.c_float),
-    )
-
-
-class _Sum(ctypes.Structure):
-    _fields_ = (
-        ("partial", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("steps", "window_begin", "window", "batches")),
-        *((name, ctypes.c_int32) for name in ("groups", "row")),
     )
 
 
@@ -83,13 +78,15 @@ class _Variant:
     parts: int
     clip: bool = False
     ahead: bool = False
+    together: int = 1  # blocks of the backward pass that a multiprocessor runs at a time
 
     def macros(self, source: str) -> tuple[tuple[str, int], ...]:
         return (
             ("V", self.value_dim), ("WARPS", self.warps), ("SLOTS", self.slots),
             ("CHUNK", CHUNK),
             ("INPUT", _TYPES[self.dtype]), ("PARTS", self.parts),
-            ("CLIP", int(self.clip)), ("AHEAD", int(self.ahead)), ("SHARED_BYTES", self.shared_bytes(source)),
+            ("CLIP", int(self.clip)), ("AHEAD", int(self.ahead)), ("TOGETHER", self.together),
+            ("SHARED_BYTES", self.shared_bytes(source)),
         )  # fmt: skip
 
     @property
@@ -117,8 +114,10 @@ class _Variant:
         kept = (1 + self.ahead) * self.warps * (CHUNK // 8 * _multiple(4 * pair + 4 * 8, 64) + states)
         rows = 2 * self.tile_bytes(CHUNK, self.rows)
         columns = 2 * self.tile_bytes(CHUNK, self.value_dim) + 4 * CHUNK
-        inputs = (3 if self.ahead else 1) * (rows + self.slots * columns)
-        return _multiple(self.slots * (kept + 4 * self.warps * self.value_dim**2) + inputs + 16, 64)
+        saved = self.warps * 16 * self.value_dim * (2 if self.parts == 1 else 4)
+        inputs = (3 if self.ahead else 1) * (rows + self.slots * (columns + saved))
+        place = 9 * 8
+        return _multiple(self.slots * (kept + 4 * self.warps * self.value_dim**2 + place) + inputs + 16, 64)
 
 
 def _multiple(size: int, of: int) -> int:
@@ -126,11 +125,10 @@ def _multiple(size: int, of: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def _kernel(name: str, variant: _Variant, device: int) -> Kernel:
-    source = "forward" if name == "forward" else "backward"
-    code = cubin(source, variant.macros(source), torch.cuda.get_device_capability(device))
-    threads, shared_bytes = (128, 0) if name == "sum" else (variant.threads, variant.shared_bytes(source))
-    return Kernel(code, f"m2rnn_{name}", threads, shared_bytes, device)
+def _kernel(name: str, variant: _Variant, device: int, shared_bytes: int = 0) -> Kernel:
+    """With at least that much shared memory, which limits how many blocks a multiprocessor runs at a time."""
+    code = cubin(name, variant.macros(name), torch.cuda.get_device_capability(device))
+    return Kernel(code, f"m2rnn_{name}", variant.threads, max(shared_bytes, variant.shared_bytes(name)), device)
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor) -> str | None:
@@ -178,29 +176,50 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _slots(heads: int, shared_heads: int, warps: int, device: torch.device) -> int:
-    """Heads a block of the backward pass: they share q, k and sums of dq and dk, but leave no multiprocessor idle."""
-    busiest = -(-heads // _multiprocessors(device))
-    return max(s for s in range(1, 5) if s == 1 or (shared_heads % s == 0 and s * warps <= 16 and s <= busiest))
+def _plan(units: int, shared_heads: int, single: _Variant, device: torch.device) -> _Variant:
+    """The quickest variant of the backward pass, by estimate.
+
+    The heads of a block share q, k and sums of dq and dk. Several small blocks on a multiprocessor are at different
+    phases, which is better than one large block. Fewer warps at a time take longer for the same work, but leave no
+    multiprocessor idle.
+    """
+    limit, total, quickest, best = _shared_limit(device), _shared_total(device), math.inf, single
+    for slots in (s for s in range(1, 5) if shared_heads % s == 0 and (s == 1 or s * single.warps <= 8)):
+        for together in range(1, max(1, 16 // (slots * single.warps)) + 1):
+            variant = replace(single, slots=slots, together=together)
+            warps = slots * single.warps * together
+            ahead = replace(variant, ahead=True)
+            if 2 * warps <= 16 and _fits(ahead, limit, total):
+                variant = ahead
+            elif not _fits(variant, limit, total) and (slots > 1 or together > 1):
+                continue
+            rounds = max(units / slots / together / _multiprocessors(device), 1)
+            time = rounds * STEP_NS[min(-(-warps // 4), 4) - 1] + PARTIAL_NS * units / slots
+            if time < quickest:
+                quickest, best = time, variant
+    return best
 
 
-def _ahead(units: int, variant: _Variant, device: torch.device) -> _Variant:
-    """The variant with warps of their own for the next chunk's states, if a multiprocessor has room for all units."""
-    ahead = replace(variant, ahead=True)
-    busiest = -(-units // _multiprocessors(device))
-    fits = busiest * ahead.shared_bytes("backward") <= _shared_limit(device) and busiest * ahead.threads <= 512
-    return ahead if fits else variant
+def _fits(variant: _Variant, limit: int, total: int) -> bool:
+    size, reserved = variant.shared_bytes("backward"), 1 << 10  # bytes that CUDA takes of each block's
+    return size <= limit and variant.together * (size + reserved) <= total
 
 
-def _slices(units: int, together: int, steps: int, device: torch.device) -> tuple[int, int, Tensor | None]:
-    """How many slices of time, their length, and counters of those done, if units spread unevenly over the GPU.
+def _slices(units: int, together: int, steps: int, shortest: int, device: torch.device) -> int:
+    """The length of slices of time, or ``steps`` if units spread evenly over the GPU.
 
-    Not where the busiest multiprocessor runs all of its units ``together``: blocks of slices would crowd them.
+    Not where the busiest multiprocessor runs all of its units ``together``.
     """
     busiest = -(-units // _multiprocessors(device))
-    if busiest <= together or busiest * _multiprocessors(device) < 1.03 * units or steps < 4 * SLICE:
-        return 1, max(steps, 1), None
-    return -(-steps // SLICE), SLICE, torch.zeros(units, dtype=torch.int32, device=device)
+    if busiest <= together or busiest * _multiprocessors(device) < 1.03 * units or steps < 4 * shortest:
+        return max(steps, 1)
+    return max(shortest, _multiple(steps // 64, CHUNK))
+
+
+@lru_cache
+def _shared_total(device: torch.device) -> int:
+    """Bytes of shared memory of a multiprocessor."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
 
 
 @lru_cache
@@ -259,7 +278,9 @@ def forward(
     with torch.cuda.device(q.device):
         units = sequences * heads
         variant = _variant(key_dim, 1, q, k, v)
-        slices, length, finished = _slices(units, 2, steps, q.device)
+        length = _slices(units, 2, steps, SLICE, q.device)
+        slices = -(-steps // length)
+        finished = torch.zeros(units, dtype=torch.int32, device=q.device) if slices > 1 else None
         arguments = _Forward(
             *(_Strided.of(x, heads) for x in (q, k, v, f)),
             *(_pointer(x) for x in (weight, initial, final, saved if count else None, y, offsets, finished)),
@@ -329,43 +350,36 @@ def backward(
 
     with torch.cuda.device(q.device):
         repeats = [heads // x.shape[2] for x in (q, k)]
-        slots = _slots(sequences * heads, math.gcd(*repeats), -(-key_dim // 16), q.device)
-        slots = max(
-            s
-            for s in range(1, slots + 1)
-            if slots % s == 0
-            and (s == 1 or _variant(key_dim, s, q, k, v).shared_bytes("backward") <= _shared_limit(q.device))
-        )
-        variant = _variant(key_dim, slots, q, k, v, state_clip)
-        units = lanes * heads // slots
-        variant = _ahead(units, variant, q.device)
+        single = _variant(key_dim, 1, q, k, v, state_clip)
+        variant = _plan(lanes * heads, math.gcd(*repeats), single, q.device)
+        units = lanes * heads // variant.slots
 
-        # Several blocks share a head of q or k: their partial sums, for a window of time that fits, are summed after
-        groups = [repeat // slots for repeat in repeats]
+        # Several blocks share a head of q or k: their partial sums are kept for two windows of time
+        groups = [repeat // variant.slots for repeat in repeats]
         rows = [x.shape[2] * key_stride for x in (q, k)]
-        partial_dtype = q.dtype if variant.parts == 1 else torch.float32
-        step_bytes = sum(partial_dtype.itemsize * batch * g * row for g, row in zip(groups, rows, strict=True) if g > 1)
-        window = _window(steps, step_bytes)
-        partials = [
-            out if g == 1 else q.new_empty(g * batch * window * row, dtype=partial_dtype)
-            for g, row, out in zip(groups, rows, outs, strict=True)
+        parts_dtype = q.dtype if variant.parts == 1 else torch.float32
+        step_bytes = sum(parts_dtype.itemsize * batch * g * row for g, row in zip(groups, rows, strict=True) if g > 1)
+        length = _slices(units, variant.together, steps, SLICE * (1 + 3 * variant.ahead), q.device)
+        window, length = _window(steps, step_bytes, length)
+        windows, slices = -(-steps // window), -(-window // length)
+        sums = [
+            q.new_empty(min(windows, 2) * g * batch * window * row, dtype=parts_dtype) if g > 1 else None
+            for g, row in zip(groups, rows, strict=True)
         ]
-        for begin in range((steps - 1) // window * window, -1, -window):
-            end = min(begin + window, steps)
-            slices, length, finished = _slices(units, max(1, 512 // variant.threads), end - begin, q.device)
-            arguments = _Backward(
-                *(_Strided.of(x, heads) for x in (q, k, v, f, dy)),
-                *(_pointer(x) for x in (weight, initial, saved, offsets, carry)),
-                *(_pointer(x) for x in (*partials, dv, df, dweight, finished)),
-                steps, begin, end, length, heads, key_dim, key_stride, heads // weight.shape[0], sequences, lanes,
-                dv.dtype == torch.float32, math.inf if state_clip is None else state_clip,
-            )  # fmt: skip
-            _kernel("backward", variant, q.device.index)(slices * units, arguments, q.device)
-            for g, row, partial, out in zip(groups, rows, partials, outs, strict=True):
-                if g > 1:
-                    total = _Sum(_pointer(partial), _pointer(out), steps, begin, end - begin, batch, g, row)
-                    blocks = -(-batch * (end - begin) * row // (8 * 128))
-                    _kernel("sum", variant, q.device.index)(blocks, total, q.device)
+        sum_blocks = _multiprocessors(q.device) if step_bytes else 0
+        counters = None
+        if windows * slices > 1 or sum_blocks:
+            counters = torch.zeros(units + 2 * windows, dtype=torch.int32, device=q.device)
+        arguments = _Backward(
+            *(_Strided.of(x, heads) for x in (q, k, v, f, dy)),
+            *(_pointer(x) for x in (weight, initial, saved, offsets, carry)),
+            *(_pointer(x) for x in (*outs, *sums, dv, df, dweight, counters)),
+            steps, window, length, heads, key_dim, key_stride, heads // weight.shape[0], sequences, lanes,
+            windows, sum_blocks, dv.dtype == torch.float32, math.inf if state_clip is None else state_clip,
+        )  # fmt: skip
+        crowded = _shared_total(q.device) // (variant.together + 1)  # bytes that keep more blocks away
+        blocks = windows * (units * slices + sum_blocks) + sum_blocks
+        _kernel("backward", variant, q.device.index, crowded)(blocks, arguments, q.device)
     dq, dk = (out[..., :key_dim].to(x.dtype).contiguous() for out, x in zip(outs, inputs, strict=False))
     return (
         dq, dk, _sum_heads(dv, 2, inputs[2]), _sum_heads(df, 2, inputs[3]), _sum_heads(dweight.sum(0), 0, inputs[4]),
@@ -373,13 +387,15 @@ def backward(
     )  # fmt: skip
 
 
-def _window(steps: int, step_bytes: int) -> int:
-    """Steps of a window of time whose partial sums of dq and dk fit; windows are of about the same length."""
-    fit = max(PARTIAL_BYTES // max(step_bytes, 1), CHUNK)
-    if steps <= fit:
-        return max(steps, 1)
-    even = -(-steps // -(-steps // fit))
-    return next(w for w in (_multiple(even, SLICE), _multiple(even, CHUNK), fit // CHUNK * CHUNK) if w <= fit)
+def _window(steps: int, step_bytes: int, slice_length: int) -> tuple[int, int]:
+    """Steps of a window of time and of its slices: whole slices, windows about equal, sums of two windows fit."""
+    if steps * step_bytes <= PARTIAL_BYTES:
+        return max(steps, 1), slice_length
+    fit = max(PARTIAL_BYTES // 2 // step_bytes // CHUNK, 1) * CHUNK
+    unit = slice_length if slice_length < fit else CHUNK
+    count = -(-steps // unit)
+    window = -(-count // -(-count // (fit // unit))) * unit
+    return window, min(slice_length, window)
 
 
 def _variant(key_dim: int, slots: int, q: Tensor, k: Tensor, v: Tensor, clip: float | None = None) -> _Variant:
