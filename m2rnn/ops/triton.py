@@ -12,6 +12,7 @@ gradient that goes back through it, passes from one span to the next in global m
 import contextlib
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -326,6 +327,11 @@ def _sum_kernel(
 # ------------------------------------------------------------------------------------------------------- launches
 
 
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 class _Problem:
     """What follows from the inputs: sizes, tiles and options of the kernels, and how the work is cut into launches."""
 
@@ -342,12 +348,13 @@ class _Problem:
         self.width = max(SMALLEST_TILE, triton.next_power_of_2(self.value_dim))
         most = (2048 if half else 1024 if self.dtype == torch.float32 else 256) // self.width
         self.rows = max(SMALLEST_TILE, min(triton.next_power_of_2(self.key_dim), most))
-        self.blocks = triton.cdiv(self.key_dim, self.rows)
         if half:  # one warp for 1024 elements: it needs no barrier, and a step of 64 × 16 keeps its tanh unit busy
+            if self.width == SMALLEST_TILE and self.sequences * self.heads <= 2 * _multiprocessors(q.device):
+                self.rows = SMALLEST_TILE  # few heads: a step's latency counts, and shorter columns have less of it
             self.warps = max(self.rows * self.width // 1024, self.width // 32, 1)
-            self.backward_warps = self.warps if self.width == SMALLEST_TILE else 2 * self.warps
         else:
-            self.warps = self.backward_warps = 4 if self.width < 64 else 8
+            self.warps = 4 if self.width < 64 else 8
+        self.blocks = triton.cdiv(self.key_dim, self.rows)
 
         operand = self.output_dtype if half else self.dtype
         if INTERPRETED and operand == torch.bfloat16:
@@ -508,7 +515,7 @@ def backward(
             _backward_kernel[(programs,)](
                 problem.view(dy), *problem.inputs, problem.view(initial.transpose(1, 2)), saved, clip, scratch,
                 dq.target, dk.target, dv.target, df.target, d_state, d_weight, *problem.sizes, *part,
-                **problem.backward_options, num_warps=problem.backward_warps,
+                **problem.backward_options, num_warps=problem.warps,
             )  # fmt: skip
     dw = d_weight.sum((0, 2)).to(weight.dtype)
     d_initial = None if initial_state is None else d_state.to(initial_state.dtype)

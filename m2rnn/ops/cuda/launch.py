@@ -20,7 +20,7 @@ from m2rnn.ops.shapes import cuda_parts, cuda_width, head_count, output_dtype
 
 STAGE = 32  # steps in shared memory at a time in the forward pass, as in forward.cu
 PAD = 8  # as in common.cuh
-SLICE = 128  # steps of the shortest slice of time, long against what a block takes to start
+FORWARD_SLICE, BACKWARD_SLICE = 128, 512  # steps of the shortest slice of time, long against a block's start
 PARTIAL_BYTES = 64 << 20  # for sums of dq and dk over groups of heads
 # A step of the backward pass on a multiprocessor of an H100, by its warps: 4 (and 4 that work ahead), 8 (and 8), 12 and
 # 16. And what a block's partial sums of a step cost, with all multiprocessors at it.
@@ -278,7 +278,7 @@ def forward(
     with torch.cuda.device(q.device):
         units = sequences * heads
         variant = _variant(key_dim, 1, q, k, v)
-        length = _slices(units, 2, steps, SLICE, q.device)
+        length = _slices(units, 2, steps, FORWARD_SLICE, q.device)
         slices = -(-steps // length)
         finished = torch.zeros(units, dtype=torch.int32, device=q.device) if slices > 1 else None
         arguments = _Forward(
@@ -359,7 +359,7 @@ def backward(
         rows = [x.shape[2] * key_stride for x in (q, k)]
         parts_dtype = q.dtype if variant.parts == 1 else torch.float32
         step_bytes = sum(parts_dtype.itemsize * batch * g * row for g, row in zip(groups, rows, strict=True) if g > 1)
-        length = _slices(units, variant.together, steps, SLICE * (1 + 3 * variant.ahead), q.device)
+        length = _slices(units, variant.together, steps, BACKWARD_SLICE, q.device)
         window, length = _window(steps, step_bytes, length)
         windows, slices = -(-steps // window), -(-window // length)
         sums = [
@@ -377,7 +377,8 @@ def backward(
             steps, window, length, heads, key_dim, key_stride, heads // weight.shape[0], sequences, lanes,
             windows, sum_blocks, dv.dtype == torch.float32, math.inf if state_clip is None else state_clip,
         )  # fmt: skip
-        crowded = _shared_total(q.device) // (variant.together + 1)  # bytes that keep more blocks away
+        # Bytes that keep more blocks away
+        crowded = min(_shared_total(q.device) // (variant.together + 1), _shared_limit(q.device))
         blocks = windows * (units * slices + sum_blocks) + sum_blocks
         _kernel("backward", variant, q.device.index, crowded)(blocks, arguments, q.device)
     dq, dk = (out[..., :key_dim].to(x.dtype).contiguous() for out, x in zip(outs, inputs, strict=False))
