@@ -1,7 +1,6 @@
 """Where the tokens of several sequences lie: side by side in one packed row, or in the rows of a grid."""
 
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -18,14 +17,18 @@ class Packing:
 
     Attributes:
         cu_seqlens: int32 ``[N + 1]``, sequence n is tokens ``cu_seqlens[n]`` to ``cu_seqlens[n + 1] - 1``.
+        sequence_ids: int64 ``[total]``, sequence of each packed token.
         slots: int64 ``[total]``, place of each packed token in the flattened grid.
-        rows, width: size of the grid; ``rows`` is the number of sequences N, empty ones included.
+        width: columns of the grid.
         right_padded: whether every sequence starts at column 0 of its row, without holes.
+
+    Nothing is computed on demand and kept, nor kept as a number what a shape tells: compiled layers would be compiled
+    anew for the second layer and for another number of sequences.
     """
 
     cu_seqlens: Tensor
+    sequence_ids: Tensor
     slots: Tensor
-    rows: int
     width: int
     right_padded: bool
 
@@ -36,8 +39,9 @@ class Packing:
             raise ValueError(f"mask must be a [batch, time] padding mask, got shape {tuple(mask.shape)}")
         real = mask != 0
         cu_seqlens = torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0)).int()
-        rows, width = mask.shape
-        return cls(cu_seqlens, real.flatten().nonzero().squeeze(1), rows, width, right_padded=False)
+        width = mask.shape[1]
+        slots = real.flatten().nonzero().squeeze(1)
+        return cls(cu_seqlens, slots // max(1, width), slots, width, right_padded=False)
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, total: int) -> "Packing":
@@ -53,20 +57,19 @@ class Packing:
         rows = torch.arange(len(lengths), device=cu_seqlens.device)
         row = rows.repeat_interleave(cu_seqlens.diff(), output_size=total)
         column = torch.arange(total, device=cu_seqlens.device) - cu_seqlens[row]
-        return cls(cu_seqlens.int(), row * width + column, len(lengths), width, right_padded=True)
+        return cls(cu_seqlens.int(), row, row * width + column, width, right_padded=True)
 
-    @cached_property
+    @property
+    def rows(self) -> int:
+        """Rows of the grid: the number of sequences N, empty ones included."""
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
     def lengths(self) -> Tensor:
         """Number of tokens of each sequence, int32 ``[N]``."""
         return self.cu_seqlens.diff()
 
-    @cached_property
-    def sequence_ids(self) -> Tensor:
-        """Sequence of each packed token, int64 ``[total]``."""
-        rows = torch.arange(self.rows, device=self.slots.device)
-        return rows.repeat_interleave(self.lengths, output_size=self.slots.shape[0])
-
-    @cached_property
+    @property
     def aligned(self) -> "Packing":
         """The same sequences with a right-padded grid: there, causality alone hides the padding."""
         return self if self.right_padded else Packing.from_cu_seqlens(self.cu_seqlens, self.slots.shape[0])

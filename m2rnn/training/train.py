@@ -142,6 +142,7 @@ def train(
             folder=folder,
             keep_checkpoints=settings.keep_checkpoints,
             autocast=is_bfloat16(settings, args.device),
+            compiled=settings.compile,
             run_state=lambda: {"settings": identity, **monitor.state()},
             entries=monitor.entries,
             model=model,
@@ -312,12 +313,14 @@ def validate(trainer: CheckpointingTrainer, settings: TrainSettings, data: Token
     processes, process, device = trainer.args.world_size, trainer.args.process_index, trainer.args.device
     model = trainer.model_wrapped
     model.eval()
+    # Compiling the layers for evaluation too takes longer than these few batches.
+    stance = torch.compiler.set_stance("force_eager") if settings.compile else nullcontext()
     totals = torch.zeros(2, dtype=torch.float64, device="cpu")
     for start in range(0, count, processes):
         number = start + process
         # All take part in each forward pass, since sharded weights are gathered by all.
         batch = {key: value.to(device) for key, value in batches[min(number, count - 1)].items()}
-        with trainer.compute_loss_context_manager():
+        with stance, trainer.compute_loss_context_manager():
             loss = model(**batch, num_items_in_batch=1, logits_to_keep=1, use_cache=False).loss
         if number < count:
             totals += torch.tensor([loss.item(), (batch["labels"] != -100).sum().item()], dtype=torch.float64)

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from transformers import (
     BambaConfig,
     BambaForCausalLM,
@@ -16,7 +18,12 @@ from transformers import (
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
 )
+from transformers.cache_utils import Cache
 
+needs_swap = pytest.mark.skipif(
+    not hasattr(Cache, "get_recurrent_state"),
+    reason=f"swap needs transformers 5.23 or newer, this is {transformers.__version__}",
+)
 VOCAB, HIDDEN = 29, 32
 R, A = "linear_attention", "full_attention"
 SAME = {

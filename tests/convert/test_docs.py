@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.convert import lm_engine_by_hand as by_hand
-from tests.convert.hybrids import VOCAB, make
+from tests.convert.hybrids import VOCAB, make, needs_swap
 
 DOCS = (Path(__file__).parents[2] / "docs" / "swap-and-convert.md").read_text(encoding="utf-8")
 EXAMPLES = dict(re.findall(r"## ([\w' ]+)\n(?:(?!\n## ).)*?```python\n(.*?)```", DOCS, flags=re.DOTALL))
@@ -24,6 +24,7 @@ def test_the_authors_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "2 m2rnn, 1 attention" in scope["done"].table()
 
 
+@needs_swap
 def test_swapping_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model = make("qwen3_5", torch.float32)

@@ -12,9 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import m2rnn
 from m2rnn.convert.families import SwappedMixer, decoder_layers, mixer_of
-from tests.convert.hybrids import CLASSES, VOCAB, WITH_EXPERTS, make
+from tests.convert.hybrids import CLASSES, VOCAB, WITH_EXPERTS, make, needs_swap
 from tests.tolerances import assert_close
 
+pytestmark = needs_swap
 OPTIONS: dict[str, Any] = {"num_heads": 6, "key_dim": 8, "value_dim": 8}
 ATTENTION, LAST_ATTENTION = 2, 4
 RECURRENT = {family: [0, 1, 5] if family == "nemotron_h" else [0, 1, 3] for family in CLASSES}

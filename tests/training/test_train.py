@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -21,6 +22,7 @@ from m2rnn.data.prepare import Settings, prepare
 from m2rnn.data.run_folder import RunFolderError, run_folder
 from m2rnn.data.token_files import TokenDataset
 from m2rnn.models import M2RNNForCausalLM
+from m2rnn.models.model import M2RNNBlock
 from m2rnn.training.checkpoint import CheckpointError
 from m2rnn.training.monitor import Monitor, NonFiniteError, kind_of
 from m2rnn.training.train import Stopped, build_config, build_model, dry_run, train
@@ -98,6 +100,25 @@ def test_a_run_stopped_at_any_step_goes_on_to_the_same_bits(tmp_path, data, undi
     assert len(log_of(tmp_path)) == step
     train(settings_of(data, "micro_batch_size=2"), tmp_path)
     assert_same_run(tmp_path, undisturbed)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's compiler
+def test_layers_are_compiled_once_a_kind_whatever_the_number_of_documents(tmp_path, data, undisturbed, monkeypatch):
+    torch.compiler.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(M2RNNBlock, "compile", lambda block: nn.Module.compile(block, backend=count))
+    settings = settings_of(data, "compile=true", "micro_batch_size=4")  # one document at least fills its window
+    batches = PackedBatches(TokenDataset(data), settings.context, settings.micro_batch_size, settings.seed)
+    assert len({len(batch["cu_seq_lens_q"]) for batch in batches}) > 1
+    train(settings, tmp_path)
+    assert len(graphs) == len(set(build_config(settings, TokenDataset(data)).mixers))
+    results, expected = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path, undisturbed))
+    assert results["valid"]["loss"] == pytest.approx(expected["valid"]["loss"], abs=1e-5)
 
 
 def test_a_finished_run_is_finished(tmp_path, data, undisturbed):
