@@ -7,6 +7,7 @@ import os
 import signal
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,6 +36,13 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Warned:
+    """A warning that a run gave."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Done:
     """What a run returned."""
 
@@ -51,13 +59,14 @@ def side_by_side(runs: Mapping[str, Run], jobs: int, display: Display, gpus: int
     Args:
         runs: what to call, by name; functions and arguments go through pickle.
         jobs: most processes; each has its share of this one's threads.
-        display: shows all that are running.
+        display: shows all that are running, and their warnings, each once.
         gpus: processes take the GPUs in turn; 0 if there is none to choose.
     """
     waiting = list(runs.items())[::-1]
     places = list(range(jobs))[::-1]
     busy: list[_Worker] = []
     idle: list[_Worker] = []
+    warned: set[str] = set()
     ended = failed = 0
     try:
         while waiting or busy:
@@ -66,7 +75,10 @@ def side_by_side(runs: Mapping[str, Run], jobs: int, display: Display, gpus: int
                 busy[-1].take(*waiting.pop())
             for worker in ready(busy):
                 outcome = worker.receive()
-                if outcome is None:
+                if isinstance(outcome, Warned) and outcome.text not in warned:
+                    warned.add(outcome.text)  # once, however many processes give it
+                    display.note(f"{worker.run}: {outcome.text}")
+                if outcome is None or isinstance(outcome, Warned):
                     continue
                 busy.remove(worker)
                 ended += 1
@@ -112,10 +124,10 @@ class _Worker:
         with suppress(BrokenPipeError):  # the process is dead, as its next message will say
             self.connection.send(run)
 
-    def receive(self) -> "Done | Failure | None":
+    def receive(self) -> Done | Failure | Warned | None:
         """How the run ended; None if the message was on its progress. A process that has died is a failure."""
         try:
-            message: Done | Failure | str = self.connection.recv()
+            message: Done | Failure | Warned | str = self.connection.recv()
         except (EOFError, ConnectionResetError):
             self._process.join()
             code = self._process.exitcode or 0
@@ -198,6 +210,7 @@ def _work(connection: Connection, threads: int, gpu: int | None) -> None:
     with suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
         if gpu is not None:
             torch.cuda.set_device(gpu)
+        warnings.showwarning = lambda message, *_: connection.send(Warned(str(message)))
         relay = Relay(connection)
         relay.say("starting")
         outcome: Done | Failure = Done(None)

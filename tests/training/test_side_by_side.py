@@ -33,6 +33,7 @@ def test_runs_go_side_by_side_and_the_others_go_on_when_one_fails_or_dies(tmp_pa
     shown = io.StringIO()
     results = dict(side_by_side(several, 2, Display(shown)))
     assert "0 of 5 runs ended; a: starting; b: starting" in shown.getvalue()
+    assert [line for line in shown.getvalue().splitlines() if "slow" in line] in (["a: slow"], ["b: slow"])
     failed = results.pop("fails")
     assert failed.reason == "RuntimeError: the gradient is not finite"
     assert "side_by_side_runs.py" in failed.traceback
