@@ -54,9 +54,12 @@ def track(
     curriculum: Annotated[
         bool, typer.Option(help="Begin with 4 tokens and lengthen whenever they are learnt.")
     ] = DEFAULT.curriculum,
+    grow_inputs: Annotated[
+        bool, typer.Option(help="Begin with the identity and generators and add elements as they are learnt.")
+    ] = DEFAULT.grow_inputs,
     steps: Annotated[int, typer.Option(help="Most steps to train; ends sooner once solved.")] = DEFAULT.steps,
     patience: Annotated[
-        int | None, typer.Option(help="Give up a run after so many steps at one length shorter than the longest.")
+        int | None, typer.Option(help="Give up a run after so many steps before the longest length without growth.")
     ] = DEFAULT.patience,
     minutes: Annotated[
         float | None,
@@ -98,6 +101,7 @@ def track(
             model=parse_overrides(model or []),
             train_length=train_length,
             curriculum=curriculum,
+            grow_inputs=grow_inputs,
             steps=steps,
             patience=patience,
             batch_size=batch_size,

@@ -153,7 +153,7 @@ class WordProblem:
     set (with the identity, because otherwise a cyclic group would have one sequence of each length). Tokens
     are the numbers of the elements in both cases.
 
-    Every batch is a function of (seed, split, index, batch_size, length) alone, on every machine and version
+    Every batch is a function of (seed, split, index, batch_size, length, inputs) alone, on every machine and version
     of numpy: there is no generator whose state would have to be saved.
 
     A hash of its tokens assigns a sequence to train (3/4 of them), validation (1/8) or test (1/8), whatever
@@ -177,34 +177,54 @@ class WordProblem:
         """The elements that occur as inputs, in increasing order."""
         if self.inputs == "all":
             return np.arange(self.group.order)
+        return self.generators
+
+    @cached_property
+    def generators(self) -> IntArray:
+        """The identity and the generating set, in increasing order."""
         return np.unique([0, *self.group.generators])
 
-    def splits_are_disjoint(self, length: int) -> bool:
+    @cached_property
+    def by_word_length(self) -> IntArray:
+        """The elements of the alphabet: those that are products of fewer generators first."""
+        reached = dict.fromkeys(self.generators.tolist())
+        frontier = list(reached)
+        while frontier:
+            products = np.unique(self.group.table[np.ix_(frontier, self.generators)]).tolist()
+            frontier = [element for element in products if element not in reached]
+            reached.update(dict.fromkeys(frontier))
+        return np.array([element for element in reached if element in self.alphabet])
+
+    def splits_are_disjoint(self, length: int, inputs: int | None = None) -> bool:
         """Whether train, validation and test have no sequence of this length in common."""
-        sequences: int = len(self.alphabet) ** length
+        sequences: int = (len(self.alphabet) if inputs is None else inputs) ** length
         return sequences >= 256
 
-    def batch(self, split: Split, index: int, batch_size: int, length: int) -> Batch:
-        """Batch number ``index`` of a split: ``batch_size`` sequences of ``length`` tokens."""
+    def batch(self, split: Split, index: int, batch_size: int, length: int, inputs: int | None = None) -> Batch:
+        """Batch number ``index`` of a split: ``batch_size`` sequences of ``length`` tokens, all of them among the first
+        ``inputs`` elements `by_word_length` if that is given and not all."""
+        letters = self.alphabet
+        if inputs is not None and inputs < len(letters):
+            letters = self.by_word_length[:inputs]
         kept: list[IntArray] = []
         missing, attempt = batch_size, 0
         while missing > 0:
-            candidates = self._draw(split, index, attempt, batch_size, length)
-            if self.splits_are_disjoint(length):
+            candidates = letters[self._draw(split, index, attempt, batch_size, length, len(letters))]
+            if self.splits_are_disjoint(length, len(letters)):
                 candidates = candidates[in_split(candidates, split)]
             kept.append(candidates[:missing])
             missing -= len(kept[-1])
             attempt += 1
-        inputs = np.concatenate(kept) if kept else np.empty((0, length), dtype=np.int64)
-        return Batch(inputs, self.group.running_products(inputs))
+        tokens = np.concatenate(kept) if kept else np.empty((0, length), dtype=np.int64)
+        return Batch(tokens, self.group.running_products(tokens))
 
-    def _draw(self, split: Split, index: int, attempt: int, rows: int, length: int) -> IntArray:
+    def _draw(self, split: Split, index: int, attempt: int, rows: int, length: int, below: int) -> IntArray:
         # Raw bits, because numpy keeps them the same from version to version, but not what Generator makes of
         # them. The counter's first word counts the numbers within one draw.
         stream = np.random.Philox(counter=[0, attempt, index, length], key=[self.seed, _SPLIT_NUMBER[split]])
         high_bits = stream.random_raw(rows * length).reshape(rows, length) >> np.uint64(32)
-        letters = (high_bits * np.uint64(len(self.alphabet))) >> np.uint64(32)
-        return self.alphabet[letters.astype(np.int64)]
+        numbers = (high_bits * np.uint64(below)) >> np.uint64(32)
+        return numbers.astype(np.int64)
 
 
 _SPLIT_NUMBER: dict[Split, int] = {"train": 0, "validation": 1, "test": 2}

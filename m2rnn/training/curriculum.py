@@ -1,7 +1,8 @@
 """When the sequences grow, when the problem counts as solved, and the learning rate that goes with both.
 
 A non-linear recurrence learns nothing from long sequences while it cannot do short ones, so the length starts
-at 4 and grows by a quarter whenever the smoothed loss is small. At the full length the run waits until the
+at 4 and grows by a quarter whenever the smoothed loss is small. Inputs can grow too: sequences of 6 tokens are first of
+the identity and generators, then of more and more elements, then longer. At the full length the run waits until the
 loss has been small for a while, then takes the learning rate down to zero and ends. A run that does not get
 there uses up its steps, the last of them on the same decay, or is given up once a length has taken too many.
 """
@@ -11,6 +12,9 @@ from dataclasses import dataclass
 START_LENGTH = 4
 GROWTH = 1.25
 GROW_BELOW = 0.03  # smoothed loss, nats per token
+INPUTS_LENGTH = 6  # of the sequences while elements are added
+INPUTS_GROWTH = 1.3
+ADD_INPUTS_BELOW = 0.15  # smoothed loss; the elements known need not be perfect to help with the next
 SOLVED_BELOW = 0.01
 SOLVED_STEPS = 50  # consecutive steps at the full length
 SMOOTHING = 0.9  # weight of the past in the smoothed loss
@@ -27,49 +31,65 @@ class Progress:
     smoothed_loss: float | None = None
     steps_below: int = 0  # how many steps in a row the full length has had a small loss
     solved_at: int | None = None
-    lengthened_at: int = 0
+    grown_at: int = 0
+    inputs: int = 0  # how many elements occur in the sequences
 
 
 @dataclass(frozen=True)
 class Curriculum:
     """The plan of a run of at most ``steps`` steps on sequences of up to ``train_length`` tokens.
 
-    It is given up after ``patience`` steps at one length shorter than that.
+    It is given up after ``patience`` steps at one length shorter than that. Inputs grow from ``inputs[0]`` elements to
+    ``inputs[1]``.
     """
 
     train_length: int
     steps: int
     grow: bool = True
     patience: int | None = None
+    inputs: tuple[int, int] = (0, 0)
 
     def start(self) -> Progress:
         """The progress before the first step."""
         length = min(START_LENGTH, self.train_length) if self.grow else self.train_length
-        return Progress(step=0, length=length)
+        return Progress(step=0, length=length, inputs=self.inputs[0])
 
     def after(self, progress: Progress, loss: float) -> Progress:
         """The progress after one more step, which had ``loss`` at ``progress.length``."""
         past = loss if progress.smoothed_loss is None else progress.smoothed_loss
         smoothed_loss = SMOOTHING * past + (1 - SMOOTHING) * loss
-        length, lengthened_at = progress.length, progress.lengthened_at
-        steps_below, solved_at = progress.steps_below, progress.solved_at
-        if length < self.train_length:
-            if smoothed_loss < GROW_BELOW:
-                length = min(max(length + 1, int(length * GROWTH)), self.train_length)
-                lengthened_at = progress.step + 1
-        else:
-            steps_below = steps_below + 1 if smoothed_loss < SOLVED_BELOW else 0
+        steps_below, solved_at = 0, progress.solved_at
+        if self._is_full(progress):
+            length, inputs, grown_at = progress.length, progress.inputs, progress.grown_at
+            steps_below = progress.steps_below + 1 if smoothed_loss < SOLVED_BELOW else 0
             if steps_below == SOLVED_STEPS and solved_at is None:
                 solved_at = progress.step + 1
-        return Progress(progress.step + 1, length, smoothed_loss, steps_below, solved_at, lengthened_at)
+        else:
+            length, inputs = self._grown(progress, smoothed_loss)
+            unchanged = (length, inputs) == (progress.length, progress.inputs)
+            grown_at = progress.grown_at if unchanged else progress.step + 1
+        return Progress(progress.step + 1, length, smoothed_loss, steps_below, solved_at, grown_at, inputs)
+
+    def _grown(self, progress: Progress, smoothed_loss: float) -> tuple[int, int]:
+        """Length and inputs for the next step."""
+        length, inputs = progress.length, progress.inputs
+        if inputs < self.inputs[1] and length >= min(INPUTS_LENGTH, self.train_length):
+            if smoothed_loss < ADD_INPUTS_BELOW:
+                inputs = min(max(inputs + 1, int(inputs * INPUTS_GROWTH)), self.inputs[1])
+        elif smoothed_loss < GROW_BELOW:
+            length = min(max(length + 1, int(length * GROWTH)), self.train_length)
+        return length, inputs
+
+    def _is_full(self, progress: Progress) -> bool:
+        return progress.length == self.train_length and progress.inputs == self.inputs[1]
 
     def is_finished(self, progress: Progress) -> bool:
         return self.is_given_up(progress) or progress.step >= self._decay_start(progress) + self._decay_steps
 
     def is_given_up(self, progress: Progress) -> bool:
-        if self.patience is None or progress.length == self.train_length:
+        if self.patience is None or self._is_full(progress):
             return False
-        return progress.step - progress.lengthened_at >= self.patience
+        return progress.step - progress.grown_at >= self.patience
 
     def learning_rate(self, progress: Progress) -> float:
         """The factor of the peak learning rate for the step after ``progress``."""

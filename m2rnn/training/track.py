@@ -77,8 +77,15 @@ def train(
     display = display or Display()
     model = build_model(settings).train()
     optimizer = torch.optim.AdamW(model.parameters(), betas=ADAM_BETAS, weight_decay=0.0)
-    curriculum = Curriculum(settings.train_length, settings.steps, settings.curriculum, settings.patience)
     problem = settings.problem()
+    elements = len(problem.alphabet)
+    curriculum = Curriculum(
+        settings.train_length,
+        settings.steps,
+        settings.curriculum,
+        settings.patience,
+        inputs=(len(problem.generators) if settings.grow_inputs else elements, elements),
+    )
     saved = load_checkpoint(folder, model, optimizer)
     progress = Progress(**saved["progress"]) if saved else curriculum.start()
     earlier_seconds: float = saved["seconds"] if saved else 0.0
@@ -95,20 +102,21 @@ def train(
     log_bytes = saved["log_bytes"] if saved else 0
     with Log(folder / LOG, keep_bytes=log_bytes) as log, interrupts_noted() as interrupted:
         while not curriculum.is_finished(progress) and (minutes is None or seconds() < 60 * minutes):
-            batch = problem.batch("train", progress.step, settings.batch_size, progress.length)
+            batch = problem.batch("train", progress.step, settings.batch_size, progress.length, progress.inputs)
             rate = settings.learning_rate * curriculum.learning_rate(progress)
             loss, gradient_norm = train_step(model, optimizer, batch, rate)
-            length, progress = progress.length, curriculum.after(progress, loss)
+            length, inputs, progress = progress.length, progress.inputs, curriculum.after(progress, loss)
             log.write(
                 step=progress.step,
                 length=length,
+                inputs=inputs,
                 loss=loss,
                 smoothed_loss=progress.smoothed_loss,
                 learning_rate=rate,
                 gradient_norm=gradient_norm,
             )
             display.update(
-                f"step {progress.step} of at most {settings.steps}, length {length}, "
+                f"step {progress.step} of at most {settings.steps}, length {length}, {inputs} inputs, "
                 f"loss {progress.smoothed_loss:.4f}, {seconds():.0f} s"
             )
             if progress.step % checkpoint_every == 0:

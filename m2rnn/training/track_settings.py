@@ -21,8 +21,9 @@ class TrackSettings:
     model: Mapping[str, Any] = field(default_factory=dict)  # overrides of the state-tracking preset
     train_length: int = 128
     curriculum: bool = True
+    grow_inputs: bool = False  # from the identity and generators to all
     steps: int = 3000
-    patience: int | None = None  # steps at one length shorter than train_length, then the run is given up
+    patience: int | None = None  # steps without growth before the full length, then the run is given up
     batch_size: int = 128
     learning_rate: float = 5e-3
     seed: int = 0
@@ -35,6 +36,8 @@ class TrackSettings:
             self.problem()
         except ValueError as error:
             raise SettingsError(str(error)) from error
+        if self.grow_inputs and self.inputs != "all":
+            raise SettingsError(f"grow_inputs with inputs {self.inputs!r}: expected 'all', which they grow to")
         for name in ("train_length", "steps", "patience", "batch_size", "test_sequences"):
             value = getattr(self, name)
             if value is not None and value < 1:

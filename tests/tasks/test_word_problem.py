@@ -103,6 +103,33 @@ def test_generators_as_inputs_still_reach_every_product():
     assert (targets == problem.group.running_products(inputs)).all()
 
 
+def test_elements_come_in_the_order_of_how_many_generators_they_take():
+    problem = WordProblem(Group.from_name("A4"))
+    table, generators = problem.group.table, problem.group.generators
+    taken = {0: 0}  # by trying all words: the identity stands for a shorter one
+    for length in range(1, 6):
+        for word in product(generators, repeat=length):
+            element = 0
+            for letter in word:
+                element = table[element, letter]
+            taken.setdefault(int(element), length)
+    order = problem.by_word_length.tolist()
+    assert sorted(order) == list(range(12))
+    lengths = [taken[element] for element in order]
+    assert lengths == sorted(lengths)
+    assert set(order[:3]) == {0, *generators}
+
+
+def test_a_batch_of_some_inputs_has_the_first_of_them_and_their_products():
+    problem = WordProblem(Group.from_name("A5"))
+    inputs, targets = problem.batch("train", 3, 64, 20, inputs=9)
+    assert set(np.unique(inputs)) == set(problem.by_word_length[:9].tolist())
+    assert (targets == problem.group.running_products(inputs)).all()
+    assert in_split(inputs, "train").all()
+    for a, b in zip(problem.batch("train", 3, 64, 20, inputs=60), problem.batch("train", 3, 64, 20), strict=True):
+        assert (a == b).all()
+
+
 def test_inputs_and_targets_are_uniform():
     problem = WordProblem(Group.from_name("S3"))
     inputs, targets = problem.batch("train", 0, 4096, 32)

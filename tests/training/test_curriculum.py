@@ -51,13 +51,24 @@ def test_one_bad_step_starts_the_count_again():
 def test_patience_counts_steps_at_one_length_and_none_at_the_full_one():
     slow = Curriculum(train_length=6, steps=5000, patience=100)
     history = run(slow, lambda progress: 0.2 if progress.step < 50 or progress.length == 5 else 0.0)
-    lengthened = [progress.step for progress in history if progress.lengthened_at == progress.step]
+    lengthened = [progress.step for progress in history if progress.grown_at == progress.step]
     assert history[-1].length == 5
     assert history[-1].step == lengthened[-1] + 100 > 150
     assert slow.is_given_up(history[-1])
     assert history[-1].solved_at is None
     full = Curriculum(train_length=4, steps=500, patience=100)
     assert run(full, lambda progress: 1.0)[-1].step == 500
+
+
+def test_inputs_grow_at_six_tokens_and_the_problem_is_solved_with_all_of_them():
+    curriculum = Curriculum(train_length=8, steps=5000, inputs=(4, 10))
+    history = run(curriculum, lambda progress: 0.1 if progress.length == 6 and progress.inputs < 10 else 0.0)
+    stages = list(dict.fromkeys((progress.length, progress.inputs) for progress in history))
+    assert stages == [(4, 4), (5, 4), (6, 4), (6, 5), (6, 6), (6, 7), (6, 9), (6, 10), (7, 10), (8, 10)]
+    assert history[-1].solved_at is not None
+    hard = run(Curriculum(train_length=5, steps=300, inputs=(4, 10)), lambda progress: 4.0 * (progress.inputs > 4))
+    assert (hard[-1].step, hard[-1].length, hard[-1].solved_at) == (300, 5, None)
+    assert 4 < hard[-1].inputs < 10
 
 
 @pytest.mark.parametrize("steps", [1, 7, 99, 100, 101, 5000])

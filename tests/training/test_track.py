@@ -136,7 +136,7 @@ def test_the_log_tells_every_step_and_no_time(tmp_path):
     result = train(settings, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
-    assert set(lines[0]) == {"step", "length", "loss", "smoothed_loss", "learning_rate", "gradient_norm"}
+    assert set(lines[0]) == {"step", "length", "inputs", "loss", "smoothed_loss", "learning_rate", "gradient_norm"}
     assert result.outcome == "step limit"
     # The first loss is the untrained model's on the first batch: targets stand where their inputs stand.
     batch = settings.problem().batch("train", 0, 2, 4)
@@ -180,6 +180,7 @@ def test_building_a_model_leaves_the_random_state_alone():
         ({"seed": -1}, "seed -1"),
         ({"steps": 0}, "steps 0"),
         ({"patience": 0}, "patience 0"),
+        ({"grow_inputs": True, "inputs": "generators"}, "grow_inputs with inputs 'generators'"),
         ({"train_length": -4}, "train_length -4"),
         ({"learning_rate": 0.0}, "learning_rate 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate nan"),
@@ -201,6 +202,12 @@ def test_the_curriculum_can_be_left_out(tmp_path):
     train(settings, tmp_path)
     assert json.loads((tmp_path / "log.jsonl").read_text())["length"] == 9
     assert Curriculum(9, 1, grow=False).start().length == 9
+
+
+def test_inputs_can_begin_with_the_generators(tmp_path):
+    settings = TrackSettings(group="S4", model=TINY, steps=3, batch_size=50, train_length=6, grow_inputs=True)
+    train(settings, tmp_path)
+    assert {json.loads(line)["inputs"] for line in (tmp_path / "log.jsonl").read_text().splitlines()} == {3}
 
 
 def test_settings_survive_json(tmp_path):
