@@ -1,12 +1,15 @@
 """The results of state-tracking runs as a table and as a plot."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from m2rnn.evaluation.plot import STYLES, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Results = dict[str, Any]
 
@@ -86,10 +89,23 @@ def write_plot(path: Path, runs: Sequence[Results]) -> None:
     band from the least to the greatest."""
     from matplotlib.figure import Figure  # without pyplot: no window system, no global figure
 
-    settings, chance = runs[0]["settings"], runs[0]["chance"]
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    for rank, ((mixer, same), (colour, marker)) in enumerate(zip(by_mixer(runs).items(), cycle(STYLES), strict=False)):
+    draw(axes, runs, dict(zip(by_mixer(runs), cycle(STYLES), strict=False)))
+    seeds = len({run["settings"]["seed"] for run in runs})
+    spread_over = f", mean and range of {seeds} seeds" if seeds > 1 else ""
+    axes.set_title(f"{runs[0]['settings']['group']} word problem{spread_over}")
+    axes.set_xlabel("sequence length (tokens)")
+    axes.set_ylabel("accuracy, last quarter of positions")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    save_figure(figure, path)
+
+
+def draw(axes: "Axes", runs: Sequence[Results], styles: Mapping[str, tuple[str, str]]) -> None:
+    """The lines and bands of ``write_plot``, with the colour and marker of each mixer."""
+    settings, chance = runs[0]["settings"], runs[0]["chance"]
+    for rank, (mixer, same) in enumerate(by_mixer(runs).items()):
+        colour, marker = styles[mixer]
         lengths = [int(length) for length in same[0]["accuracy"]]
         spreads = [spread(same, str(length), "last_quarter") for length in lengths]
         least, greatest = ([values[name] for values in spreads] for name in ("least", "greatest"))
@@ -113,12 +129,5 @@ def write_plot(path: Path, runs: Sequence[Results]) -> None:
     axes.minorticks_off()
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.set_xlabel("sequence length (tokens)")
-    axes.set_ylabel("accuracy, last quarter of positions")
-    seeds = len({run["settings"]["seed"] for run in runs})
-    spread_over = f", mean and range of {seeds} seeds" if seeds > 1 else ""
-    axes.set_title(f"{settings['group']} word problem{spread_over}")
     axes.grid(axis="y", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    save_figure(figure, path)

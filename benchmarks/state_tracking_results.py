@@ -1,0 +1,81 @@
+"""The table and the plot of docs/state-tracking.md, from comparisons that ``m2rnn track`` has left.
+
+    python benchmarks/state_tracking_results.py runs/compare-s3 runs/compare-a5 --plot state-tracking.png
+
+Prints Markdown. A comparison that is not done yet counts with the runs that are.
+"""
+
+import argparse
+import json
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from m2rnn.evaluation.plot import STYLES, save_figure
+from m2rnn.evaluation.track_report import by_mixer, draw, spread
+
+
+def runs_in(comparison: Path) -> list[dict[str, Any]]:
+    """The results of a comparison's runs, in the order in which its settings name the mixers."""
+    mixers = json.loads((comparison / "settings.json").read_text())["mixer"]
+    files = [file for mixer in mixers for file in sorted((comparison / mixer).glob("seed-*/results.json"))]
+    return [json.loads(file.read_text()) for file in files]
+
+
+def problem(run: dict[str, Any]) -> str:
+    settings = run["settings"]
+    inputs = "all elements" if settings["inputs"] == "all" else "identity and generators"
+    return f"{settings['group']}, {inputs}" + (", growing" if settings["grow_inputs"] else "")
+
+
+def percent(values: dict[str, float]) -> str:
+    mean, least, greatest = (f"{100 * values[name]:.2f}" for name in ("mean", "least", "greatest"))
+    return f"{mean} ({least} to {greatest})"
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    lengths = list(runs[0]["accuracy"])
+    lines = [
+        f"| mixer | parameters | solved | steps | {' | '.join(f'at {length}, %' for length in lengths)} |",
+        f"|---|---|---|---|{'---|' * len(lengths)}",
+    ]
+    for mixer, same in by_mixer(runs).items():
+        trainings = [run["training"] for run in same]
+        solved = [training["step"] for training in trainings if training["outcome"] == "solved"]
+        steps = f"{min(solved)} to {max(solved)}" if solved else f"length {max(t['length'] for t in trainings)}"
+        accuracy = " | ".join(percent(spread(same, length, "last_quarter")) for length in lengths)
+        lines.append(f"| {mixer} | {same[0]['parameters']:,} | {len(solved)} of {len(same)} | {steps} | {accuracy} |")
+    return "\n".join(lines)
+
+
+def plot(path: Path, comparisons: list[list[dict[str, Any]]]) -> None:
+    """One panel a problem, with the same colours in all."""
+    figure = Figure(figsize=(3.2 * len(comparisons) + 2.2, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(comparisons), sharey=True, squeeze=False)[0]
+    mixers = dict.fromkeys(run["settings"]["mixer"] for runs in comparisons for run in runs)
+    styles = dict(zip(mixers, cycle(STYLES), strict=False))
+    for axes, runs in zip(panels, comparisons, strict=True):
+        draw(axes, runs, styles)
+        axes.set_title(problem(runs[0]), fontsize=9)
+        axes.set_xlabel("sequence length (tokens)")
+    panels[0].set_ylabel("accuracy, last quarter of positions")
+    handles, labels = max((axes.get_legend_handles_labels() for axes in panels), key=lambda found: len(found[0]))
+    figure.legend(handles, labels, frameon=False, loc="outside right center")
+    save_figure(figure, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("comparison", type=Path, nargs="+")
+    parser.add_argument("--plot", type=Path, default=Path("state-tracking.png"))
+    options = parser.parse_args()
+    comparisons = [runs for folder in options.comparison if (runs := runs_in(folder))]
+    for runs in comparisons:
+        print(f"\n{problem(runs[0])}, chance {runs[0]['chance']:.1%}:\n\n{table(runs)}")
+    plot(options.plot, comparisons)
+
+
+if __name__ == "__main__":
+    main()
