@@ -72,6 +72,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=Path("state-tracking.png"))
     options = parser.parse_args()
     comparisons = [runs for folder in options.comparison if (runs := runs_in(folder))]
+    if not comparisons:
+        parser.error("no run in these folders has ended")
     for runs in comparisons:
         print(f"\n{problem(runs[0])}, chance {runs[0]['chance']:.1%}:\n\n{table(runs)}")
     plot(options.plot, comparisons)
