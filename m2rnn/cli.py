@@ -65,6 +65,9 @@ def track(
         float | None,
         typer.Option(help="Most minutes to train in a run. Where this ends a training is not reproducible."),
     ] = None,
+    decay_steps: Annotated[
+        int, typer.Option(help="Last steps, or those once solved, on which the learning rate goes to zero.")
+    ] = DEFAULT.decay_steps,
     batch_size: Annotated[int, typer.Option(help="Sequences of a step.")] = DEFAULT.batch_size,
     learning_rate: Annotated[float, typer.Option(help="AdamW's peak learning rate.")] = DEFAULT.learning_rate,
     seed: Annotated[int, typer.Option(help="Determines weights and sequences.")] = DEFAULT.seed,
@@ -104,6 +107,7 @@ def track(
             grow_inputs=grow_inputs,
             steps=steps,
             patience=patience,
+            decay_steps=decay_steps,
             batch_size=batch_size,
             learning_rate=learning_rate,
             seed=seed,

@@ -19,7 +19,6 @@ SOLVED_BELOW = 0.01
 SOLVED_STEPS = 50  # consecutive steps at the full length
 SMOOTHING = 0.9  # weight of the past in the smoothed loss
 WARMUP_STEPS = 20
-DECAY_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ class Curriculum:
     grow: bool = True
     patience: int | None = None
     inputs: tuple[int, int] = (0, 0)
+    decay_steps: int = 100
 
     def start(self) -> Progress:
         """The progress before the first step."""
@@ -99,7 +99,7 @@ class Curriculum:
 
     @property
     def _decay_steps(self) -> int:
-        return min(DECAY_STEPS, self.steps)
+        return min(self.decay_steps, self.steps)
 
     def _decay_start(self, progress: Progress) -> int:
         latest = self.steps - self._decay_steps

@@ -85,6 +85,7 @@ def train(
         settings.curriculum,
         settings.patience,
         inputs=(len(problem.generators) if settings.grow_inputs else elements, elements),
+        decay_steps=settings.decay_steps,
     )
     saved = load_checkpoint(folder, model, optimizer)
     progress = Progress(**saved["progress"]) if saved else curriculum.start()

@@ -24,6 +24,7 @@ class TrackSettings:
     grow_inputs: bool = False  # from the identity and generators to all
     steps: int = 3000
     patience: int | None = None  # steps without growth before the full length, then the run is given up
+    decay_steps: int = 100  # on which the learning rate goes to zero at the end
     batch_size: int = 128
     learning_rate: float = 5e-3
     seed: int = 0
@@ -38,7 +39,7 @@ class TrackSettings:
             raise SettingsError(str(error)) from error
         if self.grow_inputs and self.inputs != "all":
             raise SettingsError(f"grow_inputs with inputs {self.inputs!r}: expected 'all', which they grow to")
-        for name in ("train_length", "steps", "patience", "batch_size", "test_sequences"):
+        for name in ("train_length", "steps", "patience", "decay_steps", "batch_size", "test_sequences"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"{name} {value}: expected a whole number of at least 1")

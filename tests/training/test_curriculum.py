@@ -2,7 +2,7 @@
 
 import pytest
 
-from m2rnn.training.curriculum import DECAY_STEPS, SOLVED_STEPS, WARMUP_STEPS, Curriculum, Progress
+from m2rnn.training.curriculum import SOLVED_STEPS, WARMUP_STEPS, Curriculum, Progress
 
 
 def run(curriculum: Curriculum, loss_at) -> list[Progress]:
@@ -32,11 +32,12 @@ def test_the_first_length(train_length, grow, start):
     assert Curriculum(train_length, 10, grow).start().length == start
 
 
-def test_a_solved_run_ends_after_its_decay():
-    history = run(Curriculum(train_length=8, steps=5000), lambda progress: 0.001)
+@pytest.mark.parametrize("decay_steps", [100, 300])
+def test_a_solved_run_ends_after_its_decay(decay_steps):
+    history = run(Curriculum(train_length=8, steps=5000, decay_steps=decay_steps), lambda progress: 0.001)
     full_length_from = next(progress.step for progress in history if progress.length == 8)
     assert history[-1].solved_at == full_length_from + SOLVED_STEPS
-    assert history[-1].step == history[-1].solved_at + DECAY_STEPS
+    assert history[-1].step == history[-1].solved_at + decay_steps
 
 
 def test_one_bad_step_starts_the_count_again():
@@ -82,4 +83,4 @@ def test_learning_rate_rises_stays_and_falls(steps, loss):
     top = rates.index(max(rates))
     assert rates[: top + 1] == sorted(rates[: top + 1])
     assert rates[top:] == sorted(rates[top:], reverse=True)
-    assert rates[-1] == pytest.approx(min(1 / min(steps, DECAY_STEPS), len(rates) / WARMUP_STEPS))
+    assert rates[-1] == pytest.approx(min(1 / min(steps, curriculum.decay_steps), len(rates) / WARMUP_STEPS))
