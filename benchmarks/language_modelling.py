@@ -61,7 +61,10 @@ def main() -> None:
         for seed in arguments.seed or [0]:
             for name in arguments.model or MODELS:
                 display.say(f"{name}, seed {seed}")
-                results.append(run(name, seed, tokens, vocab, arguments, display))
+                try:
+                    results.append(run(name, seed, tokens, vocab, arguments, display))
+                except (Stopped, KeyboardInterrupt):
+                    sys.exit(f"{name}, seed {seed}: interrupted; the same command goes on")
                 write(out, results, arguments, tokens)
                 print(table(results), flush=True)
     if any(row["failure"] for row in results):

@@ -72,6 +72,7 @@ def main() -> None:
     for rule, delta in (("Gated DeltaNet", True), ("Mamba-2", False)):
         reason = fla.why_not(device, torch.bfloat16, fla.LARGEST_KEY, trained=True, delta=delta)
         print(f"{rule} by {'kernels of flash-linear-attention' if reason is None else f'PyTorch: {reason}'}")
+    torch._dynamo.config.recompile_limit = 64  # several models, whose layers are all one function to it
     settings = {name: getattr(arguments, name) for name in ("tokens", "compile", "checkpoint_activations")}
 
     rows = []
