@@ -54,6 +54,9 @@ def track(
     curriculum: Annotated[
         bool, typer.Option(help="Begin with 4 tokens and lengthen whenever they are learnt.")
     ] = DEFAULT.curriculum,
+    grow_below: Annotated[
+        float, typer.Option(help="Smoothed loss (nats per token) under which the sequences grow.")
+    ] = DEFAULT.grow_below,
     grow_inputs: Annotated[
         bool, typer.Option(help="Begin with the identity and generators and add elements as they are learnt.")
     ] = DEFAULT.grow_inputs,
@@ -104,6 +107,7 @@ def track(
             model=parse_overrides(model or []),
             train_length=train_length,
             curriculum=curriculum,
+            grow_below=grow_below,
             grow_inputs=grow_inputs,
             steps=steps,
             patience=patience,

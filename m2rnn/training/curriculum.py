@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 START_LENGTH = 4
 GROWTH = 1.25
-GROW_BELOW = 0.03  # smoothed loss, nats per token
 INPUTS_LENGTH = 6  # of the sequences while elements are added
 INPUTS_GROWTH = 1.3
-ADD_INPUTS_BELOW = 0.15  # smoothed loss; the elements known need not be perfect to help with the next
+ADD_INPUTS_BELOW = 0.15  # smoothed loss, nats per token; the elements known need not be perfect to help with the next
 SOLVED_BELOW = 0.01
 SOLVED_STEPS = 50  # consecutive steps at the full length
 SMOOTHING = 0.9  # weight of the past in the smoothed loss
@@ -48,6 +47,7 @@ class Curriculum:
     patience: int | None = None
     inputs: tuple[int, int] = (0, 0)
     decay_steps: int = 100
+    grow_below: float = 0.03  # smoothed loss, nats per token
 
     def start(self) -> Progress:
         """The progress before the first step."""
@@ -76,7 +76,7 @@ class Curriculum:
         if inputs < self.inputs[1] and length >= min(INPUTS_LENGTH, self.train_length):
             if smoothed_loss < ADD_INPUTS_BELOW:
                 inputs = min(max(inputs + 1, int(inputs * INPUTS_GROWTH)), self.inputs[1])
-        elif smoothed_loss < GROW_BELOW:
+        elif smoothed_loss < self.grow_below:
             length = min(max(length + 1, int(length * GROWTH)), self.train_length)
         return length, inputs
 

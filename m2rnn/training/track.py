@@ -86,6 +86,7 @@ def train(
         settings.patience,
         inputs=(len(problem.generators) if settings.grow_inputs else elements, elements),
         decay_steps=settings.decay_steps,
+        grow_below=settings.grow_below,
     )
     saved = load_checkpoint(folder, model, optimizer)
     progress = Progress(**saved["progress"]) if saved else curriculum.start()

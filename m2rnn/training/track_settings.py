@@ -21,6 +21,7 @@ class TrackSettings:
     model: Mapping[str, Any] = field(default_factory=dict)  # overrides of the state-tracking preset
     train_length: int = 128
     curriculum: bool = True
+    grow_below: float = 0.03  # smoothed loss, nats per token, under which the sequences grow
     grow_inputs: bool = False  # from the identity and generators to all
     steps: int = 3000
     patience: int | None = None  # steps without growth before the full length, then the run is given up
@@ -45,6 +46,8 @@ class TrackSettings:
                 raise SettingsError(f"{name} {value}: expected a whole number of at least 1")
         if not self.learning_rate > 0:
             raise SettingsError(f"learning_rate {self.learning_rate}: expected a number above 0, like 5e-3")
+        if not self.grow_below > 0:
+            raise SettingsError(f"grow_below {self.grow_below}: expected a loss above 0, like 0.03")
         lengths = self.test_lengths
         if not lengths or min(lengths) < 1 or list(lengths) != sorted(set(lengths)):
             raise SettingsError(

@@ -23,6 +23,8 @@ def test_the_length_stays_while_the_loss_is_large():
     curriculum = Curriculum(train_length=128, steps=300)
     history = run(curriculum, lambda progress: 0.02 if progress.length < 8 else 1.0)
     assert history[-1].length == 8
+    sooner = Curriculum(train_length=128, steps=300, grow_below=1.5)
+    assert run(sooner, lambda progress: 0.02 if progress.length < 8 else 1.0)[-1].length == 128
     assert history[-1].step == 300
     assert history[-1].solved_at is None
 

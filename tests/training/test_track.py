@@ -180,6 +180,7 @@ def test_building_a_model_leaves_the_random_state_alone():
         ({"seed": -1}, "seed -1"),
         ({"steps": 0}, "steps 0"),
         ({"patience": 0}, "patience 0"),
+        ({"grow_below": 0.0}, "grow_below 0.0"),
         ({"decay_steps": 0}, "decay_steps 0"),
         ({"grow_inputs": True, "inputs": "generators"}, "grow_inputs with inputs 'generators'"),
         ({"train_length": -4}, "train_length -4"),
