@@ -20,7 +20,7 @@ from m2rnn.ops.shapes import cuda_parts, cuda_width, head_count, output_dtype
 
 STAGE = 32  # steps in shared memory at a time in the forward pass, as in forward.cu
 PAD = 8  # as in common.cuh
-FORWARD_SLICE, BACKWARD_SLICE = 128, 512  # steps of the shortest slice of time, long against a block's start
+FORWARD_SLICE, BACKWARD_SLICE = 256, 512  # steps of the shortest slice of time, long against a block's start
 PARTIAL_BYTES = 64 << 20  # for sums of dq and dk over groups of heads
 # A step of the backward pass on a multiprocessor of an H100, by its warps: 4 (and 4 that work ahead), 8 (and 8), 12 and
 # 16. And what a block's partial sums of a step cost, with all multiprocessors at it.
@@ -279,7 +279,7 @@ def forward(
         units = sequences * heads
         variant = _variant(key_dim, 1, q, k, v)
         length = _slices(units, 2, steps, FORWARD_SLICE, q.device)
-        slices = -(-steps // length)
+        slices = max(-(-steps // length), 1)  # without steps too, the final state is the initial one
         finished = torch.zeros(units, dtype=torch.int32, device=q.device) if slices > 1 else None
         arguments = _Forward(
             *(_Strided.of(x, heads) for x in (q, k, v, f)),
