@@ -51,19 +51,13 @@ struct alignas(64) Kept {  // of 8 steps; warps a multiple of 64 bytes apart mee
 #define SLOT_THREADS (32 * WARPS * (1 + AHEAD))
 #define BUFFERS (AHEAD ? 3 : 1)  // of inputs: on their way, computing states, walking back
 
-#if PARTS == 1
-typedef u32 saved_pair_t;
-#else
-typedef float2 saved_pair_t;
-#endif
-
 struct Inputs {  // of a chunk
     char q[tile_bytes<CHUNK, ROWS>()];
     char k[tile_bytes<CHUNK, ROWS>()];
     char v[SLOTS][tile_bytes<CHUNK, V>()];
     char dy[SLOTS][tile_bytes<CHUNK, V>()];
     float f[SLOTS][CHUNK];
-    saved_pair_t state[SLOTS][WARPS][NT][2][32];  // before it, each lane's pairs
+    alignas(16) saved_t state[SLOTS][WARPS][16][V];  // before it
 };
 
 // Where a head's tensors begin in a sequence. In shared memory, since registers are scarce.
@@ -96,7 +90,7 @@ struct Octet {  // 8 steps of the inputs, as operands for products with the matr
 };
 
 // x, but the compiler does not know: what follows from it is computed where it is needed, not kept in scarce registers.
-__device__ __forceinline__ int forgotten(int x) {
+__device__ __forceinline__ u32 forgotten(u32 x) {
     asm volatile("" : "+r"(x));
     return x;
 }
@@ -140,23 +134,23 @@ __device__ __forceinline__ void load_packed(Packed& packed, const Registers (&fr
 // What f is outside of a sequence, so that the carry stays as it is.
 __device__ const float one = 1.f;
 
-__device__ __forceinline__ void load_staged(float (&h)[NT][4], const saved_pair_t (&state)[NT][2][32], int lane) {
-#pragma unroll
-    for (int n = 0; n < NT; n++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const saved_pair_t pair = state[n][half][lane];
+__device__ __forceinline__ void load_staged(float (&h)[NT][4], const saved_t (&state)[16][V], int lane) {
+    for_pairs(lane, [&](int n, int i, int row, int column) {
 #if PARTS == 1
-            h[n][2 * half] = low_bf16(pair);
-            h[n][2 * half + 1] = high_bf16(pair);
+        const u32 pair = *(const u32*)&state[row][column];
+        h[n][i] = low_bf16(pair);
+        h[n][i + 1] = high_bf16(pair);
 #else
-            h[n][2 * half] = pair.x;
-            h[n][2 * half + 1] = pair.y;
+        const float2 pair = *(const float2*)&state[row][column];
+        h[n][i] = pair.x;
+        h[n][i + 1] = pair.y;
 #endif
-        }
+    });
 }
 
-__device__ __forceinline__ void add(float4& sum, const float4 x) { sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w; }
+__device__ __forceinline__ void add(float4& sum, const float4 x, bool first) {
+    sum = first ? x : make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
+}
 
 // Two neighbours, as float32 or in the inputs' dtype; the index is even.
 __device__ __forceinline__ void store_pair(void* data, i64 index, float a, float b, bool as_float) {
@@ -282,11 +276,11 @@ struct Parts {
                 const i64 from = first + group * stride;
 #if PARTS == 1
                 const uint4 x = *(const uint4*)((const u16*)parts + from);
-                add(sums[0], make_float4(low_bf16(x.x), high_bf16(x.x), low_bf16(x.y), high_bf16(x.y)));
-                add(sums[1], make_float4(low_bf16(x.z), high_bf16(x.z), low_bf16(x.w), high_bf16(x.w)));
+                add(sums[0], make_float4(low_bf16(x.x), high_bf16(x.x), low_bf16(x.y), high_bf16(x.y)), false);
+                add(sums[1], make_float4(low_bf16(x.z), high_bf16(x.z), low_bf16(x.w), high_bf16(x.w)), false);
 #else
-                add(sums[0], *(const float4*)((const float*)parts + from));
-                add(sums[1], *(const float4*)((const float*)parts + from + 4));
+                add(sums[0], *(const float4*)((const float*)parts + from), false);
+                add(sums[1], *(const float4*)((const float*)parts + from + 4), false);
 #endif
             }
             const i64 to = (batch * steps + begin) * row + rest;
@@ -399,7 +393,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
 
         auto stage_chunk = [&](i64 first, int buffer) {
             Inputs& in = shared.inputs[buffer];
-            const int thread = forgotten(threadIdx.x), slot_thread = forgotten(own_slot_thread), lane = thread % 32;
+            const u32 thread = forgotten(threadIdx.x), slot_thread = forgotten(own_slot_thread), lane = thread % 32;
             stage_two<CHUNK, ROWS, ALL_THREADS>(
                 in.q, in.k, place.q + first * p.q.time, place.k + first * p.k.time, p.q.time, p.k.time, first, begin, end, p.key_dim, thread);
             stage_two<CHUNK, V, SLOT_THREADS>(
@@ -409,12 +403,16 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
                 copy<4>(&in.f[slot][slot_thread], valid ? place.f + (first + slot_thread) * p.f.time : &one, true);
             }
             if (recomputes && first > begin) {
-                const saved_t* state = place.saved + first / CHUNK * p.heads * p.key_dim * V;
-                for_pairs(lane, [&](int n, int i, int matrix_row, int column) {
-                    const bool valid = row + matrix_row < p.key_dim;
-                    const saved_t* from = valid ? state + (row + matrix_row) * V + column : state;
-                    copy<sizeof(saved_pair_t)>(&in.state[slot][warp][n][i / 2][lane], from, valid);
-                });
+                // Rows of a head are neighbours, so its tiles are too
+                constexpr int piece = 16 / sizeof(saved_t), pieces = 16 * V / piece;
+                const saved_t* state = place.saved + (first / CHUNK * p.heads * p.key_dim + row) * V;
+#pragma unroll
+                for (int j = 0; j < (pieces + 31) / 32; j++) {
+                    const u32 i = lane + 32 * j;
+                    if (pieces % 32 != 0 && i >= pieces) break;
+                    const bool valid = row + i * piece / V < p.key_dim;
+                    copy<16>((saved_t*)in.state[slot][warp] + i * piece, valid ? state + i * piece : p.saved, valid);
+                }
             }
             copies_issued();
         };
@@ -535,20 +533,23 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
         };
 
         auto write_gradients = [&](i64 first, int keep) {
-            const int thread = forgotten(threadIdx.x), slot_thread = forgotten(own_slot_thread);
+            const u32 thread = forgotten(threadIdx.x), slot_thread = forgotten(own_slot_thread);
+            const i64 q_first = place.dq + first * q_row, k_first = place.dk + first * k_row;
+            const i64 head_first = place.head + first * p.heads;
 #pragma unroll
             for (int j = 0; j < (CHUNK * ROWS / 4 + ALL_THREADS - 1) / ALL_THREADS; j++) {
-                const int i = thread + j * ALL_THREADS, step = i / (ROWS / 4), tile = i / 4 % (ROWS / 16), r = i % 4 * 2;
+                const u32 i = thread + j * ALL_THREADS;
+                const u32 step = i / (ROWS / 4), tile = i / 4 % (ROWS / 16), r = i % 4 * 2;
                 const int channel = 16 * tile + r;  // and the next, and those 8 further
                 if (step < low(first) || step >= high(first) || channel >= p.key_dim) continue;
-                float4 q_sum = make_float4(0.f, 0.f, 0.f, 0.f), k_sum = q_sum;
+                float4 q_sum, k_sum;
 #pragma unroll
                 for (int s = 0; s < SLOTS; s++) {
                     const auto& part = shared.kept[keep][step / 8][s][tile].pairs[step % 8 / 2].gradients;
-                    add(q_sum, *(const float4*)&part.dq[step % 2][r]);
-                    add(k_sum, *(const float4*)&part.dk[step % 2][r]);
+                    add(q_sum, *(const float4*)&part.dq[step % 2][r], s == 0);
+                    add(k_sum, *(const float4*)&part.dk[step % 2][r], s == 0);
                 }
-                const i64 q_at = place.dq + (first + step) * q_row + channel, k_at = place.dk + (first + step) * k_row + channel;
+                const i64 q_at = q_first + (step * q_row + channel), k_at = k_first + (step * k_row + channel);
                 const bool q_as_float = PARTS > 1 && dq.parts, k_as_float = PARTS > 1 && dk.parts;
                 void *q_out = dq.parts ? p.dq_parts : p.dq, *k_out = dk.parts ? p.dk_parts : p.dk;
                 store_pair(q_out, q_at, q_sum.x, q_sum.z, q_as_float);
@@ -559,17 +560,18 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
             }
 #pragma unroll
             for (int j = 0; j < (CHUNK * KS * 4 + SLOT_THREADS - 1) / SLOT_THREADS; j++) {
-                const int i = slot_thread + j * SLOT_THREADS, step = i / (KS * 4), tile = i / 4 % KS, r = i % 4 * 2;
+                const u32 i = slot_thread + j * SLOT_THREADS;
+                const u32 step = i / (KS * 4), tile = i / 4 % KS, r = i % 4 * 2;
                 if (step < low(first) || step >= high(first)) continue;
-                float4 dv = make_float4(0.f, 0.f, 0.f, 0.f);
-                float df = 0.f;
+                float4 dv;
+                float df;
 #pragma unroll
                 for (int w = 0; w < WARPS; w++) {
                     const Kept& part = shared.kept[keep][step / 8][slot][w];
-                    add(dv, *(const float4*)&part.pairs[step % 8 / 2].gradients.dv[step % 2][tile][r]);
-                    df += part.df[step % 8];
+                    add(dv, *(const float4*)&part.pairs[step % 8 / 2].gradients.dv[step % 2][tile][r], w == 0);
+                    df = w == 0 ? part.df[step % 8] : df + part.df[step % 8];
                 }
-                const i64 at = place.head + (first + step) * p.heads;
+                const i64 at = head_first + step * p.heads;
                 store_pair(p.dv, at * V + 16 * tile + r, dv.x, dv.z, p.dv_float);
                 if (V > 8) store_pair(p.dv, at * V + 16 * tile + r + 8, dv.y, dv.w, p.dv_float);
                 if (i % (KS * 4) == 0) p.df[at] = df;

@@ -378,12 +378,12 @@ __device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_grou
 // [PARTS][LENGTH][COLUMNS + PAD] of bfloat16. `data` points at channel 0 of step `first`.
 template <int LENGTH, int COLUMNS>
 __device__ __forceinline__ void stage_piece(
-    char* tile, const input_t* data, i64 stride, i64 first, i64 begin, i64 end, int columns, int i
+    char* tile, const input_t* data, i64 stride, i64 first, i64 begin, i64 end, int columns, u32 i
 ) {
     constexpr int width = PARTS == 1 ? 8 : 2, pieces = COLUMNS / width;
     const int low = (int)(begin > first ? begin - first : 0);
     const int high = (int)(end - first < LENGTH ? end - first : LENGTH);
-    const int row = i / pieces, column = i % pieces * width;
+    const int row = i / pieces, column = i % pieces * width;  // i is unsigned: shifts, not divisions
     const bool valid = row >= low && row < high && column < columns;
     const input_t* from = valid ? data + (row * stride + column) : data;
 #if PARTS == 1
@@ -400,15 +400,15 @@ __device__ constexpr int pieces() {
     return LENGTH * COLUMNS / (PARTS == 1 ? 8 : 2);
 }
 
-// All pieces, by COUNT threads; and those of two tensors.
+// All pieces, by COUNT threads; and those of two tensors, which the threads share if one does not keep all busy.
 template <int LENGTH, int COLUMNS, int COUNT>
 __device__ __forceinline__ void stage(
-    char* tile, const input_t* data, i64 stride, i64 first, i64 begin, i64 end, int columns, int thread
+    char* tile, const input_t* data, i64 stride, i64 first, i64 begin, i64 end, int columns, u32 thread
 ) {
     constexpr int total = pieces<LENGTH, COLUMNS>();
 #pragma unroll
     for (int j = 0; j < (total + COUNT - 1) / COUNT; j++) {
-        const int i = thread + j * COUNT;
+        const u32 i = thread + j * COUNT;
         if (total % COUNT != 0 && i >= total) break;
         stage_piece<LENGTH, COLUMNS>(tile, data, stride, first, begin, end, columns, i);
     }
@@ -416,12 +416,17 @@ __device__ __forceinline__ void stage(
 template <int LENGTH, int COLUMNS, int COUNT>
 __device__ __forceinline__ void stage_two(
     char* tile, char* other_tile, const input_t* data, const input_t* other_data, i64 stride, i64 other_stride,
-    i64 first, i64 begin, i64 end, int columns, int thread
+    i64 first, i64 begin, i64 end, int columns, u32 thread
 ) {
     constexpr int one = pieces<LENGTH, COLUMNS>();
+    if constexpr (one % COUNT == 0) {
+        stage<LENGTH, COLUMNS, COUNT>(tile, data, stride, first, begin, end, columns, thread);
+        stage<LENGTH, COLUMNS, COUNT>(other_tile, other_data, other_stride, first, begin, end, columns, thread);
+        return;
+    }
 #pragma unroll
     for (int j = 0; j < (2 * one + COUNT - 1) / COUNT; j++) {
-        const int i = thread + j * COUNT;
+        const u32 i = thread + j * COUNT;
         if (2 * one % COUNT != 0 && i >= 2 * one) break;
         const bool other = i >= one;
         stage_piece<LENGTH, COLUMNS>(
