@@ -1,5 +1,7 @@
 """The linear layers at the ends of a mixer or an MLP."""
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 
@@ -19,11 +21,8 @@ def project_token(linear: nn.Linear, x: Tensor) -> Tensor:
     Modules that are more than a linear layer (adapters, quantised or offloaded weights, hooks) are called as they are.
     """
     weight = linear.weight
-    plain = type(linear) in (nn.Linear, OutputProjection) and "forward" not in vars(linear)
     if (
-        plain
-        and linear._parameters["bias"] is None
-        and not (linear._forward_hooks or linear._forward_pre_hooks)
+        is_plain_linear(linear)
         and x.device.type == "cuda"
         and x.shape[0] <= FEW_ROWS
         and (weight.device, weight.dtype) == (x.device, x.dtype)
@@ -32,3 +31,15 @@ def project_token(linear: nn.Linear, x: Tensor) -> Tensor:
         return few_rows_linear(x, weight)
     y: Tensor = linear(x)
     return y
+
+
+def is_plain_linear(module: object) -> TypeGuard[nn.Linear]:
+    """Whether calling the module is a product with its weight and nothing else: no bias, adapter, hook or the like."""
+    return (
+        isinstance(module, nn.Linear)
+        and type(module) in (nn.Linear, OutputProjection)
+        and module._parameters["bias"] is None
+        and "forward" not in vars(module)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+    )

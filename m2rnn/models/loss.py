@@ -4,10 +4,13 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = -100
+from m2rnn.layers.projection import is_plain_linear
+from m2rnn.ops import cross_entropy
+from m2rnn.ops.cross_entropy import IGNORED as IGNORED
+
 LOGITS_PER_CHUNK = 2**26  # 256 MiB of float32
 
 
@@ -21,15 +24,16 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """``-Σ log softmax(head(hidden))[label]`` over labels other than -100, divided by their number.
 
-    The logits are made, reduced and dropped ``chunk_size`` tokens at a time, and made again in the backward
-    pass.
+    The logits are made, reduced and dropped ``chunk_size`` tokens at a time, and made again in the backward pass;
+    or, in bfloat16 on a GPU with a plain linear head, turned into the gradients at once, by
+    ``m2rnn.ops.cross_entropy``.
 
     Args:
         hidden: ``[..., D]``.
         labels: int64 ``[...]``, the token that each position predicts.
         head: from ``[n, D]`` to logits ``[n, vocab_size]``.
         num_items: divisor instead of the number of labels, for gradient accumulation.
-        chunk_size: default ``LOGITS_PER_CHUNK / vocab_size``.
+        chunk_size: default ``LOGITS_PER_CHUNK / vocab_size``, or what ``m2rnn.ops.cross_entropy`` chooses.
 
     Returns:
         A float32 number (float64 for float64 logits); NaN if there is no label and no ``num_items``.
@@ -41,15 +45,39 @@ def chunked_cross_entropy(
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
 
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
+    weight, dtype = _fusible_weight(head), _product_dtype(hidden)
+    fused = weight is not None and torch.is_grad_enabled() and cross_entropy.why_not(hidden, weight, dtype) is None
+    if weight is not None and fused:
+        loss = cross_entropy.linear_cross_entropy(hidden, weight, labels, dtype, chunk_size)
+        return loss / _divisor(labels, num_items)
     chunk_size = max(1, LOGITS_PER_CHUNK // vocab_size) if chunk_size is None else chunk_size
     if labels.shape[0] <= chunk_size:
         loss = total(hidden, labels)
     else:
         chunks = zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True)
         loss = torch.stack([checkpoint(total, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+    return loss / _divisor(labels, num_items)
+
+
+def _divisor(labels: Tensor, num_items: int | Tensor | None) -> int | Tensor:
     if num_items is None:
-        num_items = (labels != IGNORED).sum()
-    return loss / (num_items.to(loss.device) if isinstance(num_items, Tensor) else num_items)
+        return (labels != IGNORED).sum()
+    return num_items.to(labels.device) if isinstance(num_items, Tensor) else num_items
+
+
+def _fusible_weight(head: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """The weight of a head that is a matrix product and nothing else; None for others, and in a compiled model."""
+    if torch.compiler.is_compiling() or not is_plain_linear(head):
+        return None
+    # Not a shard of it, as of FSDP outside its own forward pass
+    return head.weight if type(head.weight) in (Tensor, nn.Parameter) else None
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of matrix products with x here."""
+    device = x.device.type
+    autocast = device != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 def chunked_token_losses(

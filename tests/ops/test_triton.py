@@ -146,7 +146,8 @@ def test_contracts_of_every_backend() -> None:
     test_integration.test_shapes_without_data("fake", packed, "triton", "cpu")
 
 
-COMPILE = """
+COMPILER = """
+# On a machine without a GPU: what would run is compiled, and collected in `kernels`
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -163,6 +164,8 @@ class Driver:
 
 
 triton.runtime.driver.set_active(Driver())
+"""
+COMPILE = f"""{COMPILER}
 from m2rnn.ops.triton import backward, forward
 
 for capability, dtype, key, value, offsets in (
@@ -182,9 +185,13 @@ assert all(kernel.asm["cubin"] for kernel in kernels)
 
 def test_kernels_compile_ahead_of_time(tmp_path: Path) -> None:
     """For compute capabilities 9.0 and 8.0: the interpreter takes more than the compiler does."""
+    run_compiler(COMPILE, tmp_path)
+
+
+def run_compiler(script: str, folder: Path) -> None:
     child = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+        [sys.executable, "-c", script],
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)},
         capture_output=True,
         text=True,
         check=False,
