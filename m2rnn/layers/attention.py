@@ -1,6 +1,7 @@
 """Causal softmax attention, with or without rotary positions."""
 
-from typing import Any, NamedTuple
+import inspect
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -134,6 +135,10 @@ class Attention(nn.Module):
         """
         heads = self.in_proj(hidden)
         heads = heads.view(*hidden.shape[:2], self.num_heads + 2 * self.num_kv_heads, self.head_dim)
+        if packing is not None and state is None and not output_state and self._runs_packed(heads):
+            packing = packing.aligned
+            if not packing.full:
+                return self.out_proj(self._attend_packed(heads, packing, position_ids)), None
         if packing is not None:  # right-padded rows: no token comes after the padding, so causality hides it
             packing = packing.aligned
             heads = packing.pad(heads)
@@ -165,6 +170,27 @@ class Attention(nn.Module):
         final_state = AttentionState(keys, values, _valid(state, packing, k)) if output_state else None
         return self.out_proj(y), final_state
 
+    def _runs_packed(self, heads: Tensor) -> bool:
+        flash = heads.dtype in (torch.bfloat16, torch.float16) and self.head_dim % 8 == 0 and self.head_dim <= 256
+        return flash and heads.shape[1] > 0 and runs_packed(heads.device, self.num_heads != self.num_kv_heads)
+
+    def _attend_packed(self, heads: Tensor, packing: Packing, position_ids: Tensor | None) -> Tensor:
+        """[1, total, heads and kv heads, head_dim] to [1, total, heads · head_dim], each sequence on its own."""
+        from torch.nn.attention import varlen
+
+        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 2)
+        if self.rope_theta is not None:
+            if position_ids is None:
+                first = packing.cu_seqlens[packing.sequence_ids]
+                position_ids = (torch.arange(q.shape[1], device=q.device) - first)[None]
+            q, k = rotate(q, position_ids, self.rope_theta), rotate(k, position_ids, self.rope_theta)
+        offsets, longest = packing.cu_seqlens, packing.width
+        options: dict[str, Any] = {"window_size": (-1, 0)}  # causal
+        if self.num_heads != self.num_kv_heads:
+            options["enable_gqa"] = True
+        y = cast(Tensor, varlen.varlen_attn(q[0], k[0], v[0], offsets, offsets, longest, longest, **options))
+        return y.flatten(1)[None]
+
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
         """[B, T, heads, head_dim] and [B, S, kv heads, head_dim] to [B, T, heads · head_dim]."""
         q, keys, values = q.transpose(1, 2), keys.transpose(1, 2).to(q.dtype), values.transpose(1, 2).to(q.dtype)
@@ -183,6 +209,19 @@ class Attention(nn.Module):
             return mask
         # Every slot sees at least itself, padding too: a row without any visible key would give NaN.
         return mask & F.pad(state.valid, (0, steps), value=True)[:, None, None]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def runs_packed(device: torch.device, shared_heads: bool) -> bool:
+    """Whether torch has attention over packed sequences here, without padding: on NVIDIA GPUs from Ampere on."""
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    if not torch.backends.cuda.is_flash_attention_available():
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters  # these came in different versions of torch
+    return "window_size" in known and (not shared_heads or "enable_gqa" in known)
 
 
 def _valid(state: AttentionState | None, packing: Packing | None, new: Tensor) -> Tensor | None:

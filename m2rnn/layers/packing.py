@@ -21,6 +21,8 @@ class Packing:
         slots: int64 ``[total]``, place of each packed token in the flattened grid.
         width: columns of the grid.
         right_padded: whether every sequence starts at column 0 of its row, without holes.
+        full: whether there is no padding at all: sequences of equal length, whose grid is the packed row in another
+            shape.
 
     Nothing is computed on demand and kept, nor kept as a number what a shape tells: compiled layers would be compiled
     anew for the second layer and for another number of sequences.
@@ -31,6 +33,7 @@ class Packing:
     slots: Tensor
     width: int
     right_padded: bool
+    full: bool = False
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> "Packing":
@@ -57,7 +60,8 @@ class Packing:
         rows = torch.arange(len(lengths), device=cu_seqlens.device)
         row = rows.repeat_interleave(cu_seqlens.diff(), output_size=total)
         column = torch.arange(total, device=cu_seqlens.device) - cu_seqlens[row]
-        return cls(cu_seqlens.int(), row, row * width + column, width, right_padded=True)
+        full = 0 < total == len(lengths) * width
+        return cls(cu_seqlens.int(), row, row * width + column, width, right_padded=True, full=full)
 
     @property
     def rows(self) -> int:
@@ -76,9 +80,13 @@ class Packing:
 
     def pack(self, grid: Tensor) -> Tensor:
         """``[rows, width, ...]`` to ``[1, total, ...]``: the real tokens alone."""
+        if self.full:
+            return grid.flatten(0, 1)[None]
         return grid.flatten(0, 1).index_select(0, self.slots)[None]
 
     def pad(self, packed: Tensor, value: float = 0) -> Tensor:
-        """``[1, total, ...]`` to ``[rows, width, ...]``, with ``value`` in the padding."""
+        """``[1, total, ...]`` to ``[rows, width, ...]``, with ``value`` in the padding; perhaps a view."""
+        if self.full:
+            return packed.reshape(-1, self.width, *packed.shape[2:])
         grid = packed.new_full((self.rows * self.width, *packed.shape[2:]), value)
         return grid.index_copy(0, self.slots, packed[0]).view(self.rows, self.width, *packed.shape[2:])

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from m2rnn.ops.triton import on_device_of
+
 BLOCK = 4096  # columns at a time
 WARPS = 8
 
@@ -23,9 +25,10 @@ def to_gradient_(logits: Tensor, labels: Tensor, losses: Tensor, vocabulary: int
     assert losses.is_contiguous()
     if logits.shape[0]:
         labels = labels.contiguous()
-        _to_gradient[(logits.shape[0],)](
-            logits, labels, losses, logits.shape[1], vocabulary, BLOCK=BLOCK, num_warps=WARPS
-        )
+        with on_device_of(logits):
+            _to_gradient[(logits.shape[0],)](
+                logits, labels, losses, logits.shape[1], vocabulary, BLOCK=BLOCK, num_warps=WARPS
+            )
 
 
 @triton.jit

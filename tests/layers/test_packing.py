@@ -35,6 +35,17 @@ def test_aligned_grid_holds_each_sequence_from_column_zero(rows: list[list[bool]
     assert aligned.aligned is aligned
 
 
+def test_sequences_of_equal_length_are_a_grid_already() -> None:
+    packing = Packing.from_cu_seqlens(torch.tensor([0, 3, 6]), 6)
+    packed = torch.randn(1, 6, 2)
+    assert packing.full
+    assert packing.pad(packed).data_ptr() == packed.data_ptr()
+    assert torch.equal(packing.pad(packed), packed.view(2, 3, 2))
+    assert torch.equal(packing.pack(packing.pad(packed)), packed)
+    for bounds in ([0, 2, 6], [0, 3, 6, 6], [0, 0], [0]):
+        assert not Packing.from_cu_seqlens(torch.tensor(bounds), bounds[-1]).full
+
+
 @pytest.mark.parametrize("bounds", [[0, 3], [1, 5], [0, 4, 3, 5], [0, 6], []])
 def test_boundaries_that_do_not_cover_the_row_are_refused(bounds: list[int]) -> None:
     with pytest.raises(ValueError, match=r"rise from 0 to the number of tokens \(5\)"):
