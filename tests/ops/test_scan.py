@@ -104,6 +104,24 @@ def test_gradient_of_one_result_alone(source: str, clip: float | None, backend: 
     check(results, run_autograd(double), problem.case)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("f", [0.1, -0.5])
+def test_clip_of_a_gradient_that_grows(f: float, dtype: torch.dtype, backend: str, device: str) -> None:
+    """From far below the limit to far above it within a few steps, wherever these lie between saved states."""
+    for steps in range(33, 41):
+        problem = make_problem(
+            Case(time=steps, key=20, value=16, clip=1.0, dtype=dtype, gates=torch.float32, final=False), device=device
+        )
+        with torch.no_grad():
+            problem.inputs["weight"].copy_(2.5 * torch.eye(16))
+            problem.inputs["f"].fill_(f)
+            problem.inputs["k"].zero_()  # so that the state is zero, and c grows by f + 2.5 (1 - f) a step
+            problem.inputs["initial_state"].zero_()
+        problem.cotangents["y"][:, :-1] = 0
+        problem.cotangents["y"] *= 1e-3
+        check(run(problem, backend), run_autograd(problem.as_double()), problem.case)
+
+
 def test_no_gradient_is_tracked_when_none_is_wanted(backend: str, device: str) -> None:
     case = Case(batch=2, time=33)
     inputs = make_problem(case, device=device, grads=()).inputs

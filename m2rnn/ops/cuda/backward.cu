@@ -66,6 +66,7 @@ struct Place {
     const float* f;
     const saved_t* saved;
     i64 dq, dk, head;  // elements
+    float growth;      // see within_limit()
 };
 
 struct BackwardShared {
@@ -83,6 +84,30 @@ struct Gradients {
     float weight[KS][NT][4];         // dWᵀ of this chunk, this warp's rows' share
     float f[8];                      // of 8 steps, this lane's share
 };
+
+#define BOUNDED (CLIP && PARTS == 1)
+
+// Whether |c| cannot reach the limit within the next 8 steps, so that the clamp has nothing to do. With 0 ≤ f ≤ 1 a step
+// takes the largest |G| = |q dyᵀ + c| to at most max(1, ω) times as much, ω the largest sum over a row of |W|;
+// growth = (1.02 max(1, ω))^8 leaves room for roundings. NaN is not within the limit.
+__device__ __forceinline__ u32 largest(u32 pair) {  // of two bfloat16, by magnitude, as the bits of a float32
+    const u32 high = pair & 0x7fff0000u, low = pair << 16 & 0x7fff0000u;
+    return high > low ? high : low;
+}
+__device__ __forceinline__ bool within_limit(
+    const float (&carry)[NT][4], const RowSteps& queries, const ColumnSteps& dys, float f, float growth, float limit
+) {
+    u32 q = largest(queries.part[0][0]), dy = 0;
+    q = max(q, largest(queries.part[0][1]));
+    float sum = 0.f;
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        dy = max(dy, largest(dys.part[0][n]));
+        sum += fabsf(carry[n][0]) + fabsf(carry[n][1]) + (fabsf(carry[n][2]) + fabsf(carry[n][3]));
+    }
+    const float product = __uint_as_float(largest_of_warp(q)) * __uint_as_float(largest_of_warp(dy));
+    return __all_sync(0xffffffffu, f >= 0.f && f <= 1.f && growth * fmaf(8.f, product, sum) <= limit);
+}
 
 struct Octet {  // 8 steps of the inputs, as operands for products with the matrix of one of them
     RowSteps keys;
@@ -357,6 +382,17 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
     Matrix weight, transposed_weight;
     load_matrix(weight, p.weight + head / p.weight_repeat * V * V, false, lane);
     load_matrix(transposed_weight, p.weight + head / p.weight_repeat * V * V, true, lane);
+#if BOUNDED
+    float growth = 1.f;
+    for (int i = lane; i < V; i += 32) {
+        float sum = 0.f;
+        for (int j = 0; j < V; j++) sum += fabsf(p.weight[(head / p.weight_repeat * V + i) * V + j]);
+        growth = sum <= growth ? growth : sum;  // NaN too
+    }
+    growth = 1.02f * __uint_as_float(largest_of_warp(__float_as_uint(growth)));
+    growth = growth * growth * growth * growth;
+    if (lane == 0) shared.place[slot].growth = growth * growth;  // by each of the head's warps, all the same
+#endif
     Gradients d;
     if (walks)
         for (int i = lane; i < V * V; i += 32) shared.dweight[slot][warp][i] = 0.f;
@@ -473,11 +509,20 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
                 load_rows<CHUNK>(operands.keys, k_tile, octet, row, lane);
                 load_columns<CHUNK>(operands.values, v_tile, octet, lane);
                 load_columns<CHUNK>(operands.dys, dy_tile, octet, lane);
+#if BOUNDED
+                RowSteps queries;
+                load_rows<CHUNK>(queries, q_tile, octet, row, lane);
+                const bool clamp_idle =
+                    within_limit(d.carry, queries, operands.dys, in.f[slot][octet + lane % 8], place.growth, p.clip);
+#else
+                const bool clamp_idle = false;
+#endif
 
                 auto add_output_gradient = [&](const Outer& query_dy, int step) {  // G = q dyᵀ + clamp(c)
 #if CLIP
-                    // Steps before the sequence leave the carry as it is: not clamped either
-                    clamp(d.carry, octet + step >= low(first) ? p.clip : __uint_as_float(0x7f800000u));
+                    if (!clamp_idle)
+                        // Steps before the sequence leave the carry as it is: not clamped either
+                        clamp(d.carry, octet + step >= low(first) ? p.clip : __uint_as_float(0x7f800000u));
 #endif
                     add_outer<CHUNK>(d.carry, query_dy, octet + step, row, in.q, in.dy[slot], lane);
                 };

@@ -116,7 +116,7 @@ class _Variant:
         columns = 2 * self.tile_bytes(CHUNK, self.value_dim) + 4 * CHUNK
         saved = self.warps * 16 * self.value_dim * (2 if self.parts == 1 else 4)
         inputs = (3 if self.ahead else 1) * (rows + self.slots * (columns + saved))
-        place = 9 * 8
+        place = 10 * 8
         return _multiple(self.slots * (kept + 4 * self.warps * self.value_dim**2 + place) + inputs + 16, 64)
 
 
