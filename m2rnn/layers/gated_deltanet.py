@@ -111,7 +111,8 @@ class GatedDeltaNet(nn.Module):
         qkv, logits, beta, g = self.in_proj(hidden).split(self.proj_sizes, -1)
         conv_state = None
         if self.conv is not None:
-            qkv, conv_state = self.conv(qkv, None if state is None else state.conv, packing)
+            past = None if state is None else state.conv
+            qkv, conv_state = self.conv(qkv, past, packing, output_state=output_state)
         elif self.activation == "silu":
             qkv = F.silu(qkv)
         q, k, v = qkv.split(self.qkv_sizes, -1)
@@ -136,8 +137,8 @@ class GatedDeltaNet(nn.Module):
         if self.norm is not None:
             y = self.norm(y.to(self.norm.weight.dtype))  # autocast leaves it to us
         y = self.out_proj(y.flatten(2))
-        after = next_state(state, recurrent, conv_state, hidden, packing)
-        return y, after if output_state else None
+        final_state = next_state(state, recurrent, conv_state, hidden, packing) if output_state else None
+        return y, final_state
 
     def extra_repr(self) -> str:
         sizes = f"num_heads={self.num_heads}, key_dim={self.key_dim}, value_dim={self.value_dim}"

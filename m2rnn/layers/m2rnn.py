@@ -200,7 +200,8 @@ class M2RNN(nn.Module):
         qkv, logits, g = self.in_proj(hidden).split(self.proj_sizes, -1)
         conv_state = None
         if self.conv is not None:
-            qkv, conv_state = self.conv(qkv, None if state is None else state.conv, packing)
+            past = None if state is None else state.conv
+            qkv, conv_state = self.conv(qkv, past, packing, output_state=output_state)
         elif self.activation == "silu":
             qkv = F.silu(qkv)
         batch_time = qkv.shape[:2]

@@ -117,7 +117,8 @@ class Mamba2(nn.Module):
         xBC, logits, g = self.in_proj(hidden).split(self.proj_sizes, -1)
         conv_state = None
         if self.conv is not None:
-            xBC, conv_state = self.conv(xBC, None if state is None else state.conv, packing)
+            past = None if state is None else state.conv
+            xBC, conv_state = self.conv(xBC, past, packing, output_state=output_state)
         elif self.activation == "silu":
             xBC = F.silu(xBC)
         x, B, C = xBC.split(self.xBC_sizes, -1)
@@ -141,8 +142,8 @@ class Mamba2(nn.Module):
         if self.norm is not None:
             y = self.norm(y.to(self.norm.weight.dtype))  # autocast leaves it to us
         y = self.out_proj(y)
-        after = next_state(state, recurrent, conv_state, hidden, packing)
-        return y, after if output_state else None
+        final_state = next_state(state, recurrent, conv_state, hidden, packing) if output_state else None
+        return y, final_state
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, state_size={self.state_size}, head_dim={self.head_dim}"

@@ -18,6 +18,7 @@ class Packing:
     Attributes:
         cu_seqlens: int32 ``[N + 1]``, sequence n is tokens ``cu_seqlens[n]`` to ``cu_seqlens[n + 1] - 1``.
         sequence_ids: int64 ``[total]``, sequence of each packed token.
+        starts: int32 ``[total]``, first token of the sequence of each packed token.
         slots: int64 ``[total]``, place of each packed token in the flattened grid.
         width: columns of the grid.
         right_padded: whether every sequence starts at column 0 of its row, without holes.
@@ -30,6 +31,7 @@ class Packing:
 
     cu_seqlens: Tensor
     sequence_ids: Tensor
+    starts: Tensor
     slots: Tensor
     width: int
     right_padded: bool
@@ -44,7 +46,8 @@ class Packing:
         cu_seqlens = torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0)).int()
         width = mask.shape[1]
         slots = real.flatten().nonzero().squeeze(1)
-        return cls(cu_seqlens, slots // max(1, width), slots, width, right_padded=False)
+        row = slots // max(1, width)
+        return cls(cu_seqlens, row, cu_seqlens[row], slots, width, right_padded=False)
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, total: int) -> "Packing":
@@ -59,9 +62,10 @@ class Packing:
         width = max(lengths, default=0)
         rows = torch.arange(len(lengths), device=cu_seqlens.device)
         row = rows.repeat_interleave(cu_seqlens.diff(), output_size=total)
-        column = torch.arange(total, device=cu_seqlens.device) - cu_seqlens[row]
+        starts = cu_seqlens.int()[row]
+        column = torch.arange(total, device=cu_seqlens.device) - starts
         full = 0 < total == len(lengths) * width
-        return cls(cu_seqlens.int(), row, row * width + column, width, right_padded=True, full=full)
+        return cls(cu_seqlens.int(), row, starts, row * width + column, width, right_padded=True, full=full)
 
     @property
     def rows(self) -> int:

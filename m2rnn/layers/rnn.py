@@ -100,7 +100,8 @@ class RNN(nn.Module):
         x, *others = self.in_proj(hidden).split(self.state_size, -1)
         conv_state = None
         if self.conv is not None:
-            x, conv_state = self.conv(x, None if state is None else state.conv, packing)
+            past = None if state is None else state.conv
+            x, conv_state = self.conv(x, past, packing, output_state=output_state)
         elif self.activation == "silu":
             x = F.silu(x)
         inputs = tuple(part.unflatten(-1, (self.num_heads, self.head_dim)) for part in (x, *others[: self._inputs - 1]))

@@ -6,13 +6,15 @@ from torch import Tensor, nn
 
 from m2rnn.layers.initialize import initialize
 from m2rnn.layers.packing import Packing
+from m2rnn.ops.short_conv import is_fast, short_conv
 
 
 class ShortConv(nn.Module):
     """``y_t = activation(Σ_i weight[:, 0, i] ⊙ x_{t - width + 1 + i} + bias)``, each channel on its own.
 
     The state holds the last ``width - 1`` inputs of each sequence, zeros before its first token, so that
-    any split of a sequence into calls gives the same outputs. Initialised uniformly in ±1/√width, a bias at 0.
+    any split of a sequence into calls gives the same outputs. On a GPU, sequences without a state take
+    the fused kernels of ``m2rnn.ops.short_conv``. Initialised uniformly in ±1/√width, a bias at 0.
 
     Args:
         channels: number of channels C.
@@ -40,19 +42,27 @@ class ShortConv(nn.Module):
         if self.bias is not None:
             initialize(self.bias, lambda bias: bias.zero_())
 
-    def forward(self, x: Tensor, state: Tensor | None = None, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, packing: Packing | None = None, *, output_state: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         """``x`` [B, T, C] and ``state`` [B, width - 1, C] to the output and the new state, of the same
-        shapes.
+        shapes; None as the state unless ``output_state``.
 
         With ``packing``, x is ``[1, total, C]`` and the states are those of its N sequences.
         """
+        if state is None and is_fast(x, self.weight):
+            starts = None if packing is None else packing.starts
+            y = short_conv(x, self.weight.squeeze(1), self.bias, silu=self.activation == "silu", starts=starts)
+            return y, self._last_inputs(x, packing) if output_state else None
         past = self.width - 1
+        final_state = None
         if packing is None:
             if state is None:
                 state = x.new_zeros(x.shape[0], past, x.shape[2])
             extended = torch.cat([state.to(x.dtype), x], 1)
             y = self._convolve(extended)
-            final_state = extended[:, extended.shape[1] - past :].clone()  # a view would keep all inputs alive
+            if output_state:  # a view would keep all inputs alive
+                final_state = extended[:, extended.shape[1] - past :].clone()
         else:
             # In the extended row each sequence follows its own `past` inputs, so no output sees a neighbour.
             shift = packing.sequence_ids * past
@@ -65,8 +75,21 @@ class ShortConv(nn.Module):
                 rows = (starts[:, None] + window).flatten()
                 extended_row = extended_row.index_copy(0, rows, state.to(x.dtype).flatten(0, 1))
             y = self._convolve(extended_row[None]).index_select(1, index)
-            final_state = extended_row[(starts + packing.lengths)[:, None] + window]
+            if output_state:
+                final_state = extended_row[(starts + packing.lengths)[:, None] + window]
         return F.silu(y) if self.activation == "silu" else y, final_state
+
+    def _last_inputs(self, x: Tensor, packing: Packing | None) -> Tensor:
+        """The state after sequences that started from none."""
+        past = self.width - 1
+        if packing is None:
+            last = x[:, max(0, x.shape[1] - past) :]
+            return F.pad(last, (0, 0, past - last.shape[1], 0)) if last.shape[1] < past else last.clone()
+        if not x.shape[1]:  # nothing to index
+            return x.new_zeros(packing.rows, past, x.shape[2])
+        index = packing.cu_seqlens[1:, None] - past + torch.arange(past, device=x.device)
+        real = index >= packing.cu_seqlens[:-1, None]
+        return x[0][index.clamp(min=0)].masked_fill(~real[..., None], 0)
 
     def _convolve(self, x: Tensor) -> Tensor:
         if x.shape[1] < self.width or not x.shape[0]:  # no token: conv1d refuses

@@ -21,6 +21,8 @@ def test_mask_packs_the_real_tokens_in_order_and_pads_them_back(rows: list[list[
     assert packing.cu_seqlens.dtype == torch.int32
     assert packing.lengths.tolist() == mask.sum(1).tolist()
     assert packing.sequence_ids.tolist() == mask.nonzero()[:, 0].tolist()
+    for same in (packing, packing.aligned):
+        assert torch.equal(same.starts, packing.cu_seqlens[packing.sequence_ids])
 
 
 @given(masks)

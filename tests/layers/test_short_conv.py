@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from m2rnn.layers import ShortConv
+from m2rnn.layers import Packing, ShortConv, short_conv
+from tests.ops.test_short_conv import DEVICE, runs
 from tests.tolerances import assert_close
 
 
@@ -41,3 +42,62 @@ def test_bad_options_are_refused() -> None:
         ShortConv(3, 0)
     with pytest.raises(ValueError, match="activation must be 'silu' or None, got 'relu'"):
         ShortConv(3, 4, "relu")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_output_does_not_depend_on_whether_the_state_is_wanted(packed: bool) -> None:
+    conv, x = ShortConv(3, 4), torch.randn(1, 7, 3)
+    packing = Packing.from_cu_seqlens(torch.tensor([0, 2, 7]), 7) if packed else None
+    y, state = conv(x, packing=packing, output_state=False)
+    assert state is None
+    assert torch.equal(y, conv(x, packing=packing)[0])
+
+
+@runs
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("lengths", [None, (2, 0, 5, 1, 33), ()], ids=str)
+@pytest.mark.parametrize(("width", "bias"), [(4, False), (1, True)])
+def test_fused_kernels_give_the_output_states_and_gradients_of_pytorch(
+    lengths: tuple[int, ...] | None, width: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    conv = ShortConv(5, width, bias=bias).to(DEVICE)
+    for steps in (2, 35) if lengths is None else (sum(lengths),):
+        packing = None
+        if lengths is not None:
+            packing = Packing.from_cu_seqlens(torch.tensor([0, *lengths], device=DEVICE).cumsum(0), steps)
+        x = torch.randn(2 if packing is None else 1, steps, 5, device=DEVICE, requires_grad=True)
+        results = []
+        for fused in (False, True):
+            monkeypatch.setattr(short_conv, "is_fast", lambda *_, fused=fused: fused)
+            y, state = conv(x, packing=packing)
+            if not results:
+                cotangents = torch.randn_like(y), torch.randn_like(state)
+            inputs = [x, *conv.parameters()]  # of which PyTorch uses none if there is no token
+            loss = (y * cotangents[0]).sum() + (state * cotangents[1]).sum()
+            results.append((y, state, *torch.autograd.grad(loss, inputs, materialize_grads=True)))
+        for fused_x, expected in zip(results[1], results[0], strict=True):
+            assert_close(fused_x, expected, torch.float32, "gradient")
+        assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_a_layer_on_a_gpu_takes_the_fused_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled, under autocast, with a part of a projection as its input."""
+    taken = []
+    kernel = torch.ops.m2rnn.short_conv
+    conv = ShortConv(64).to(DEVICE)
+    projected = torch.randn(2, 70, 100, device=DEVICE)
+
+    def convolve(projected: torch.Tensor) -> torch.Tensor:
+        return conv(projected.split([64, 36], -1)[0], output_state=False)[0]
+
+    expected = convolve(projected)
+    monkeypatch.setattr(short_conv, "short_conv", lambda *a, **o: taken.append(1) or kernel(*a, None, o["silu"]))
+    assert torch.equal(convolve(projected), expected)
+    assert taken
+    monkeypatch.undo()
+    with torch.autocast("cuda", torch.bfloat16):
+        y = torch.compile(convolve, fullgraph=True)(projected.bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert_close(y, expected, torch.bfloat16, "output")
