@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from m2rnn.layers.decay_gate import DecayGate
 from m2rnn.layers.initialize import initialize
 from m2rnn.layers.packing import Packing
-from m2rnn.layers.projection import OutputProjection, project_token
+from m2rnn.layers.projection import OutputProjection, project_parts, project_token
 from m2rnn.layers.short_conv import ShortConv, check_activation
 from m2rnn.ops import m2rnn_scan
 from m2rnn.ops.decode import decode_step
@@ -197,7 +197,7 @@ class M2RNN(nn.Module):
         if state is not None and packing is None and hidden.shape[1] == 1 and not torch.is_grad_enabled():
             y, state = self._decode(hidden[:, 0], state)
             return y[:, None], state if output_state else None
-        qkv, logits, g = self.in_proj(hidden).split(self.proj_sizes, -1)
+        qkv, logits, g = project_parts(self.in_proj, hidden, self.proj_sizes)
         conv_state = None
         if self.conv is not None:
             past = None if state is None else state.conv
@@ -220,6 +220,7 @@ class M2RNN(nn.Module):
             initial_state=None if state is None else state.recurrent,
             output_final_state=output_state,
             cu_seqlens=None if packing is None else packing.cu_seqlens,
+            check_offsets=packing is not None and packing.total != hidden.shape[1],
             state_clip=self.state_clip,
             backend=self.backend,
         )

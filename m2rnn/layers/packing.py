@@ -1,5 +1,6 @@
 """Where the tokens of several sequences lie: side by side in one packed row, or in the rows of a grid."""
 
+import sys
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -60,17 +61,27 @@ class Packing:
         if not bounds or bounds[0] != 0 or bounds[-1] != total or min(lengths, default=0) < 0:
             raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens ({total}), got {bounds}")
         width = max(lengths, default=0)
-        rows = torch.arange(len(lengths), device=cu_seqlens.device)
-        row = rows.repeat_interleave(cu_seqlens.diff(), output_size=total)
-        starts = cu_seqlens.int()[row]
-        column = torch.arange(total, device=cu_seqlens.device) - starts
+        # A copy, since whoever remembers results by the tensor, as fla does, must not meet it with other values
+        offsets = cu_seqlens.to(torch.int32, copy=True)
+        if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
+            # Compiled layers are not compiled anew where another number of sequences is packed
+            torch._dynamo.maybe_mark_dynamic(offsets, 0)
+        rows = torch.arange(len(lengths), device=offsets.device)
+        row = rows.repeat_interleave(offsets.diff(), output_size=total)
+        starts = offsets[row]
+        column = torch.arange(total, device=offsets.device) - starts
         full = 0 < total == len(lengths) * width
-        return cls(cu_seqlens.int(), row, starts, row * width + column, width, right_padded=True, full=full)
+        return cls(offsets, row, starts, row * width + column, width, right_padded=True, full=full)
 
     @property
     def rows(self) -> int:
         """Rows of the grid: the number of sequences N, empty ones included."""
         return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def total(self) -> int:
+        """Number of packed tokens."""
+        return self.slots.shape[0]
 
     @property
     def lengths(self) -> Tensor:

@@ -110,6 +110,7 @@ class RNN(nn.Module):
             self.state_weight.split(self.num_heads),
             initial_state=None if state is None else state.recurrent,
             cu_seqlens=None if packing is None else packing.cu_seqlens,
+            check_offsets=packing is not None and packing.total != hidden.shape[1],
             state_clip=self.state_clip,
             backend=self.backend,
         )

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from m2rnn.layers.projection import is_plain_linear
+from m2rnn.layers.projection import is_plain_linear, product_dtype
 from m2rnn.ops import cross_entropy
 from m2rnn.ops.cross_entropy import IGNORED as IGNORED
 
@@ -45,7 +45,7 @@ def chunked_cross_entropy(
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
 
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
-    weight, dtype = _fusible_weight(head), _product_dtype(hidden)
+    weight, dtype = _fusible_weight(head), product_dtype(hidden)
     fused = weight is not None and torch.is_grad_enabled() and cross_entropy.why_not(hidden, weight, dtype) is None
     if weight is not None and fused:
         loss = cross_entropy.linear_cross_entropy(hidden, weight, labels, dtype, chunk_size)
@@ -71,13 +71,6 @@ def _fusible_weight(head: Callable[[Tensor], Tensor]) -> Tensor | None:
         return None
     # Not a shard of it, as of FSDP outside its own forward pass
     return head.weight if type(head.weight) in (Tensor, nn.Parameter) else None
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of matrix products with x here."""
-    device = x.device.type
-    autocast = device != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 def chunked_token_losses(

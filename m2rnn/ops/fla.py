@@ -79,7 +79,7 @@ def gated_delta(
         "scale": 1.0,
         "initial_state": initial_state,
         "output_final_state": True,
-        "cu_seqlens": None if cu_seqlens is None else cu_seqlens.long(),
+        "cu_seqlens": cu_seqlens,  # as it is: by the tensor it remembers what the host has to wait for
     }
     if writes == 1:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
@@ -116,6 +116,6 @@ def gated_linear(
         scale=1.0,
         initial_state=initial_state,
         output_final_state=True,
-        cu_seqlens=None if cu_seqlens is None else cu_seqlens.long(),
+        cu_seqlens=cu_seqlens,
     )
     return y[..., :values], state[..., :keys, :values]

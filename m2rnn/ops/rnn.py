@@ -35,6 +35,7 @@ def rnn_scan(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    check_offsets: bool = True,
     state_clip: float | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -48,6 +49,7 @@ def rnn_scan(
         initial_state: h_0 ``[B, H, V]``, or ``[N, H, V]`` for N packed sequences; zeros if None.
         output_final_state: Whether to return h_T of every sequence.
         cu_seqlens: Offsets ``[N + 1]`` of packed sequences, as in ``m2rnn_scan``.
+        check_offsets: As there.
         state_clip: Clamp, in the backward pass, the gradient that reaches h_t from later steps (and from the final
             state) to [-state_clip, state_clip] elementwise. The gradient that y_t sends is exact.
         backend: ``"cpu"``, ``"triton"`` or ``"reference"``; None chooses by device, dtype and shape.
@@ -65,7 +67,7 @@ def rnn_scan(
     Source: the RNN baseline of M²RNN (arXiv 2603.14360).
     """
     y, final_state = _checked(
-        {"x": x}, {"weight": weight}, initial_state, cu_seqlens, state_clip, backend
+        {"x": x}, {"weight": weight}, initial_state, cu_seqlens, check_offsets, state_clip, backend
     )  # fmt: skip
     return y, final_state if output_final_state else None
 
@@ -81,6 +83,7 @@ def gru_scan(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    check_offsets: bool = True,
     state_clip: float | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -104,6 +107,7 @@ def gru_scan(
         initial_state: As in ``rnn_scan``, like all other arguments and what is returned and raised.
         output_final_state: See initial_state.
         cu_seqlens: See initial_state.
+        check_offsets: See initial_state.
         state_clip: See initial_state.
         backend: See initial_state.
 
@@ -115,7 +119,7 @@ def gru_scan(
     y, final_state = _checked(
         {"x": x, "x_forget": x_forget, "x_reset": x_reset},
         {"weight": weight, "weight_forget": weight_forget, "weight_reset": weight_reset},
-        initial_state, cu_seqlens, state_clip, backend,
+        initial_state, cu_seqlens, check_offsets, state_clip, backend,
     )  # fmt: skip
     return y, final_state if output_final_state else None
 
@@ -125,6 +129,7 @@ def _checked(
     weights: dict[str, Tensor],
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    check_offsets: bool,
     state_clip: float | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
@@ -134,7 +139,7 @@ def _checked(
     if device != "meta" and torch.is_autocast_enabled(device) and state_dtype(*xs) != torch.float64:
         xs = [x.to(torch.get_autocast_dtype(device)) for x in xs]
     clip = None if state_clip is None else float(state_clip)
-    y, final_state = torch.ops.m2rnn.vector_scan(xs, ws, initial_state, cu_seqlens, clip, backend)
+    y, final_state = torch.ops.m2rnn.vector_scan(xs, ws, initial_state, cu_seqlens, check_offsets, clip, backend)
     return y, final_state
 
 
@@ -216,8 +221,8 @@ def _kernels(backend: str) -> ModuleType:
 
 _LIBRARY = torch.library.Library("m2rnn", "FRAGMENT")
 _LIBRARY.define(
-    "vector_scan(Tensor[] inputs, Tensor[] weights, Tensor? initial_state, Tensor? cu_seqlens, float? state_clip,"
-    " str? backend) -> (Tensor, Tensor)",
+    "vector_scan(Tensor[] inputs, Tensor[] weights, Tensor? initial_state, Tensor? cu_seqlens, bool check_offsets,"
+    " float? state_clip, str? backend) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _LIBRARY.define(
@@ -233,11 +238,13 @@ def _scan(
     weights: list[Tensor],
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    check_offsets: bool,
     state_clip: float | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """``(y, final state)``."""
-    validate_offsets(cu_seqlens, inputs[0].shape[1])
+    if check_offsets:
+        validate_offsets(cu_seqlens, inputs[0].shape[1])
     match _resolve(backend, inputs, weights):
         case "reference":
             with torch.no_grad():
@@ -253,6 +260,7 @@ def _scan_fake(
     weights: list[Tensor],
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    check_offsets: bool,
     state_clip: float | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
@@ -306,7 +314,7 @@ def _scan_backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    xs, weights, initial_state, cu_seqlens, ctx.state_clip, ctx.backend = inputs
+    xs, weights, initial_state, cu_seqlens, _, ctx.state_clip, ctx.backend = inputs
     ctx.save_for_backward(*xs, *weights, initial_state, cu_seqlens, output[0])
     ctx.set_materialize_grads(False)
 
@@ -315,11 +323,11 @@ def _autograd(ctx: Any, dy: Tensor | None, d_final: Tensor | None) -> tuple[Any,
     *tensors, initial_state, cu_seqlens, y = ctx.saved_tensors
     half = len(tensors) // 2
     if dy is None and d_final is None:
-        return [None] * half, [None] * half, None, None, None, None
+        return [None] * half, [None] * half, None, None, None, None, None
     d_inputs, d_weights, d_initial = torch.ops.m2rnn.vector_scan_backward(
         dy, d_final, tensors[:half], tensors[half:], initial_state, y, cu_seqlens, ctx.state_clip, ctx.backend
     )
-    return d_inputs, d_weights, None if initial_state is None else d_initial, None, None, None
+    return d_inputs, d_weights, None if initial_state is None else d_initial, None, None, None, None
 
 
 torch.library.register_autograd("m2rnn::vector_scan", _autograd, setup_context=_setup_context, lib=_LIBRARY)

@@ -44,6 +44,7 @@ def m2rnn_scan(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    check_offsets: bool = True,
     state_clip: float | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -67,8 +68,10 @@ def m2rnn_scan(
         initial_state: H_0 ``[B, H, K, V]``, or ``[N, H, K, V]`` for N packed sequences; zeros if None.
         output_final_state: Whether to return H_T of every sequence.
         cu_seqlens: Offsets ``[N + 1]`` (int32 or int64) of N sequences packed one after the other along T, from 0 to T;
-            B is 1. Empty sequences are allowed. To check the values the host waits for the device; while a CUDA graph
-            is captured they are not checked.
+            B is 1. Empty sequences are allowed.
+        check_offsets: Check the values of ``cu_seqlens``, for which the host waits for the device. False is for offsets
+            that are known to be right: with wrong ones memory is read and written that is not the tensors'. While a
+            CUDA graph is captured they are not checked.
         state_clip: Clamp, in the backward pass, the gradient that reaches H_t from later steps (and from the final
             state) to [-state_clip, state_clip] elementwise. The gradient that y_t sends is exact.
         backend: ``"cpu"``, ``"triton"``, ``"cuda"`` or ``"reference"``; None chooses by device, dtype and shape. See
@@ -87,7 +90,7 @@ def m2rnn_scan(
     Source: M²RNN (arXiv 2603.14360), section 3.
     """
     _validate(q, k, v, f, weight, initial_state, cu_seqlens, state_clip, backend)
-    y, final_state = _apply(q, k, v, f, weight, initial_state, cu_seqlens, state_clip, backend)
+    y, final_state = _apply(q, k, v, f, weight, initial_state, cu_seqlens, check_offsets, state_clip, backend)
     return y, final_state if output_final_state else None
 
 
@@ -113,7 +116,7 @@ def m2rnn_step(
     """
     _validate(q, k, v, f, weight, state, None, None, backend, state_name="state")
     inputs = (q[:, None], k[:, None], v[:, None], f[:, None], weight)
-    y, state = _apply(*inputs, state, None, None, backend)
+    y, state = _apply(*inputs, state, None, False, None, backend)
     return y[:, 0], state
 
 
@@ -125,6 +128,7 @@ def _apply(
     weight: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    check_offsets: bool,
     state_clip: float | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
@@ -132,10 +136,10 @@ def _apply(
     if q.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    inputs = (q, k, v, f, weight) if initial_state is None else (q, k, v, f, weight, initial_state)
-    save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    inputs = (q, k, v, f, weight, initial_state)
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     clip = None if state_clip is None else float(state_clip)
-    y, final_state, _ = torch.ops.m2rnn.scan(q, k, v, f, weight, initial_state, cu_seqlens, clip, backend, save)
+    y, final_state, _ = torch.ops.m2rnn.scan(*inputs, cu_seqlens, check_offsets, clip, backend, save)
     return y, final_state
 
 
@@ -354,7 +358,8 @@ def validate_offsets(cu_seqlens: Tensor | None, steps: int) -> None:
 _LIBRARY = torch.library.Library("m2rnn", "DEF")
 _ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor f, Tensor weight, Tensor? initial_state"
 _LIBRARY.define(
-    f"scan({_ARGUMENTS}, Tensor? cu_seqlens, float? state_clip, str? backend, bool save) -> (Tensor, Tensor, Tensor)",
+    f"scan({_ARGUMENTS}, Tensor? cu_seqlens, bool check_offsets, float? state_clip, str? backend, bool save)"
+    " -> (Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _LIBRARY.define(
@@ -373,12 +378,14 @@ def _scan(
     weight: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    check_offsets: bool,
     state_clip: float | None,
     backend: str | None,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(y, final state, states saved for the backward pass if save)``."""
-    validate_offsets(cu_seqlens, q.shape[1])
+    if check_offsets:
+        validate_offsets(cu_seqlens, q.shape[1])
     match _resolve(backend, q, k, v, f, weight):
         case "reference":
             with torch.no_grad():
@@ -397,6 +404,7 @@ def _scan_fake(
     weight: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    check_offsets: bool,
     state_clip: float | None,
     backend: str | None,
     save: bool,
@@ -473,7 +481,7 @@ def _scan_backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, state_clip, backend, _ = inputs
+    *tensors, _, state_clip, backend, _ = inputs
     ctx.save_for_backward(*tensors, output[2])
     ctx.state_clip, ctx.backend = state_clip, backend
     ctx.set_materialize_grads(False)
@@ -482,11 +490,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _autograd(ctx: Any, dy: Tensor | None, d_final: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     q, k, v, f, weight, initial_state, cu_seqlens, saved = ctx.saved_tensors
     if dy is None and d_final is None:
-        return (None,) * 10
+        return (None,) * 11
     *gradients, d_initial = torch.ops.m2rnn.scan_backward(
         dy, d_final, q, k, v, f, weight, initial_state, saved, cu_seqlens, ctx.state_clip, ctx.backend
     )
-    return *gradients, None if initial_state is None else d_initial, None, None, None, None
+    return *gradients, None if initial_state is None else d_initial, None, None, None, None, None
 
 
 torch.library.register_autograd("m2rnn::scan", _autograd, setup_context=_setup_context, lib=_LIBRARY)

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m2rnn.layers import Packing
+from m2rnn.layers import GRU, M2RNN, RNN, Packing
+from m2rnn.ops import rnn, scan
 
 masks = st.integers(1, 4).flatmap(
     lambda width: st.lists(st.lists(st.booleans(), min_size=width, max_size=width), min_size=1, max_size=4)
@@ -59,3 +60,25 @@ def test_other_shapes_and_dtypes_are_refused() -> None:
         Packing.from_cu_seqlens(torch.tensor([0.0, 5.0]), 5)
     with pytest.raises(ValueError, match="padding mask"):
         Packing.from_mask(torch.ones(2, 1, 3, 3))
+
+
+@pytest.mark.parametrize("mixer", [M2RNN, GRU, RNN])
+def test_boundaries_are_checked_once_and_not_in_every_layer(mixer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the host waits for each check."""
+    checked = []
+    for module in (scan, rnn):
+        monkeypatch.setattr(module, "validate_offsets", lambda offsets, steps: checked.append(steps))
+    packing = Packing.from_cu_seqlens(torch.tensor([0, 4, 6]), 6)
+    layer = mixer(8, 2, 4)
+    layer(torch.randn(1, 6, 8), packing=packing)
+    assert checked == []
+    layer.conv = None
+    layer(torch.randn(1, 7, 8), packing=packing)  # another row than the one they were made for
+    assert checked == [7]
+
+
+def test_packing_keeps_its_own_boundaries() -> None:
+    bounds = torch.tensor([0, 3, 6], dtype=torch.int32)
+    packing = Packing.from_cu_seqlens(bounds, 6)
+    bounds[1] = 1
+    assert packing.cu_seqlens.tolist() == [0, 3, 6]

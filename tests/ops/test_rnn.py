@@ -369,7 +369,7 @@ def test_operators_are_registered_properly(matrices: int, kernel: str) -> None:
         problem = make(case, _device(kernel))
         xs, ws = ([problem.inputs[n] for n in NAMES[matrices] if n.startswith(letter)] for letter in "xw")
         initial = problem.inputs.get("initial_state")
-        arguments = (xs, ws, initial, problem.cu_seqlens, case.clip, kernel)
+        arguments = (xs, ws, initial, problem.cu_seqlens, True, case.clip, kernel)
         torch.library.opcheck(torch.ops.m2rnn.vector_scan.default, arguments)
         with torch.no_grad():
             y, final = torch.ops.m2rnn.vector_scan(*arguments)
