@@ -146,7 +146,6 @@ def random_batch(vocab_size: int, tokens: int, context: int, device: torch.devic
     """What the data of a training gives: documents as long as the context, end to end."""
     ids = torch.randint(vocab_size, (1, tokens + 1), device=device)
     starts = torch.arange(0, tokens + 1, context, dtype=torch.int32, device=device)
-    torch._dynamo.maybe_mark_dynamic(starts, 0)  # as training does
     return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "shift_labels": ids[:, 1:], "cu_seq_lens_q": starts}
 
 

@@ -142,7 +142,6 @@ def train(
             folder=folder,
             keep_checkpoints=settings.keep_checkpoints,
             autocast=is_bfloat16(settings, args.device),
-            compiled=settings.compile,
             run_state=lambda: {"settings": identity, **monitor.state()},
             entries=monitor.entries,
             model=model,

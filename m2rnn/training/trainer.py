@@ -31,7 +31,6 @@ class CheckpointingTrainer(Trainer):
         folder: of the run, for its checkpoints.
         keep_checkpoints: how many.
         autocast: whether to compute in bfloat16; weights, gradients and moments are float32 all the same.
-        compiled: whether layers are compiled.
         run_state: what else a checkpoint must hold, for JSON; called in the first process.
         entries: what to add to a log entry.
         **options: Trainer's own.
@@ -47,13 +46,12 @@ class CheckpointingTrainer(Trainer):
         folder: Path,
         keep_checkpoints: int,
         autocast: bool,
-        compiled: bool,
         run_state: Callable[[], dict[str, Any]],
         entries: Callable[[], dict[str, float]],
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.folder, self.keep_checkpoints, self.autocast, self.compiled = folder, keep_checkpoints, autocast, compiled
+        self.folder, self.keep_checkpoints, self.autocast = folder, keep_checkpoints, autocast
         self.run_state, self.entries = run_state, entries
         self.losses: list[Tensor] = []
 
@@ -69,13 +67,6 @@ class CheckpointingTrainer(Trainer):
         context = ExitStack()
         context.enter_context(torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.autocast))
         return context
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Trainer's; and compiled layers are not compiled anew where another number of sequences is packed."""
-        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
-        if self.compiled:
-            torch._dynamo.maybe_mark_dynamic(prepared["cu_seq_lens_q"], 0)
-        return prepared
 
     def training_step(self, *arguments: Any, **options: Any) -> Tensor:
         loss: Tensor = super().training_step(*arguments, **options)
