@@ -181,8 +181,7 @@ class Attention(nn.Module):
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 2)
         if self.rope_theta is not None:
             if position_ids is None:
-                first = packing.cu_seqlens[packing.sequence_ids]
-                position_ids = (torch.arange(q.shape[1], device=q.device) - first)[None]
+                position_ids = (torch.arange(q.shape[1], device=q.device) - packing.starts)[None]
             q, k = rotate(q, position_ids, self.rope_theta), rotate(k, position_ids, self.rope_theta)
         offsets, longest = packing.cu_seqlens, packing.width
         options: dict[str, Any] = {"window_size": (-1, 0)}  # causal
