@@ -19,9 +19,10 @@ from torch import Tensor
 from m2rnn.ops.triton import NVIDIA, on_device_of
 
 CHANNELS = 64  # of a program: a row of its tile is a whole cache line in 16 bits
-SEGMENT = 32  # steps that a row walks through, a multiple of 8
+SEGMENT = 32  # steps that a row walks through
 ROWS = 8  # of a program
 WARPS = 4
+LOADS, BACKWARD_LOADS = 8, 4  # steps whose numbers are loaded together, divisors of SEGMENT
 # Numbers that the kernels are not compiled for; what divides a stride, which tells how wide a load may be, is apart
 _GENERAL = ("batches", "steps", "channels", "x_batch", "x_step", "dy_batch", "dy_step")
 
@@ -244,7 +245,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor | Non
         with on_device_of(x):
             _forward_kernel[(spans * blocks,)](
                 x, weight.contiguous(), bias, y, starts, batches, steps, channels // divisor, x_batch, x_step,
-                W=weight.shape[1], L=SEGMENT, R=ROWS, G=8, C=CHANNELS, SILU=silu, FAST=NVIDIA,
+                W=weight.shape[1], L=SEGMENT, R=ROWS, G=LOADS, C=CHANNELS, SILU=silu, FAST=NVIDIA,
                 X=x_divisor, A=divisor, num_warps=WARPS,
             )  # fmt: skip
     return y
@@ -265,7 +266,7 @@ def backward(
             _backward_kernel[(spans * blocks,)](
                 dy, x, weight.contiguous(), bias, dx, partial, starts,
                 batches, steps, channels // divisor, dy_batch, dy_step, x_batch, x_step,
-                W=taps, L=SEGMENT, R=ROWS, G=4, C=CHANNELS, SILU=silu, FAST=NVIDIA,
+                W=taps, L=SEGMENT, R=ROWS, G=BACKWARD_LOADS, C=CHANNELS, SILU=silu, FAST=NVIDIA,
                 X=x_divisor, Y=dy_divisor, A=divisor, num_warps=WARPS,
             )  # fmt: skip
     total = partial.sum(0)
