@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from m2rnn.ops import short_conv as operator
+from m2rnn.ops.scan import why_unavailable
 from m2rnn.ops.short_conv import short_conv
 from tests.conftest import INTERPRETED
 from tests.ops.cases import lay_out
@@ -313,6 +314,7 @@ def test_bad_arguments_are_refused(what: str) -> None:
 
 
 def test_where_it_cannot_run_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    why_unavailable("triton")  # cached, as it is here
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match="short_conv cannot run: "):
         short_conv(torch.ones(2, 3, 5), torch.ones(5, 4))
