@@ -2,7 +2,7 @@
 
 A language model's logits are its largest tensor by far. Here a part of them at a time is made in 16 bits, turned in
 place into its own gradient by one kernel, used for the two products of the backward pass and dropped: no float32 copy,
-and nothing is computed again. torch's own ``linear_cross_entropy`` (2.13) keeps a chunk's logits in float32.
+and nothing is computed again. torch's own ``linear_cross_entropy`` (2.13) returns a 16-bit loss.
 """
 
 import importlib.util
