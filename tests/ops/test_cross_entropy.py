@@ -12,7 +12,7 @@ from m2rnn.models.loss import chunked_cross_entropy
 from m2rnn.ops import cross_entropy
 from m2rnn.ops.cross_entropy import linear_cross_entropy
 from tests.conftest import INTERPRETED
-from tests.ops.test_triton import COMPILER, run_compiler
+from tests.ops.ahead_of_time import compile_kernels
 from tests.tolerances import TOLERANCES, assert_close
 
 triton = pytest.importorskip("triton")
@@ -162,7 +162,7 @@ def test_elsewhere_the_loss_is_in_pytorch(device: str, dtype: torch.dtype, reaso
     assert reason in cross_entropy.why_not(x, x, dtype)
 
 
-COMPILE = f"""{COMPILER}
+COMPILE = """
 from m2rnn.ops.cross_entropy_triton import to_gradient_
 
 for capability, vocabulary in (90, 100352), (80, 50257):
@@ -176,4 +176,4 @@ assert len(kernels) == 2
 
 
 def test_kernel_compiles_ahead_of_time_to_wide_loads(tmp_path: Path) -> None:
-    run_compiler(COMPILE, tmp_path)
+    compile_kernels(COMPILE, tmp_path)

@@ -1,9 +1,6 @@
 """RNN and GRU on every backend: outputs, states and gradients against float64, packed, split, inside PyTorch."""
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +12,7 @@ from torch import Tensor
 
 from m2rnn.ops import rnn, rnn_reference
 from m2rnn.ops.rnn import gru_scan, rnn_scan
+from tests.ops.ahead_of_time import compile_kernels
 from tests.ops.cases import lay_out
 from tests.tolerances import TOLERANCES, assert_close, relative_error
 
@@ -436,23 +434,6 @@ def test_bad_offsets_are_refused() -> None:
 
 
 COMPILE = """
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
-import triton
-
-kernels = []
-run = JITFunction.run
-JITFunction.run = lambda self, *args, warmup, **options: kernels.append(run(self, *args, warmup=True, **options))
-
-
-class Driver:
-    get_current_device = staticmethod(lambda: len(kernels))  # nothing in memory from other targets
-    get_current_stream = staticmethod(lambda device: 0)
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
-
-
-triton.runtime.driver.set_active(Driver())
 from m2rnn.ops.rnn_triton import backward, forward
 
 for capability, dtype, units, offsets, matrices in (
@@ -474,11 +455,4 @@ assert all(kernel.metadata.shared <= limit for kernel in kernels), [kernel.metad
 def test_triton_kernels_compile_ahead_of_time(tmp_path: Path) -> None:
     """For compute capabilities 9.0 and 8.0: the interpreter takes more than the compiler does."""
     pytest.importorskip("triton")
-    child = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert child.returncode == 0, child.stderr
+    compile_kernels(COMPILE, tmp_path)

@@ -1,9 +1,6 @@
 """The fused short convolution against its definition in float64: Triton's interpreter, a GPU where there is one."""
 
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +13,7 @@ from m2rnn.ops import short_conv as operator
 from m2rnn.ops.scan import why_unavailable
 from m2rnn.ops.short_conv import short_conv
 from tests.conftest import INTERPRETED
+from tests.ops.ahead_of_time import compile_kernels
 from tests.ops.cases import lay_out
 from tests.tolerances import assert_close
 
@@ -342,22 +340,6 @@ def test_more_elements_than_31_bits() -> None:
 
 
 COMPILE = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
-
-kernels = []
-run = JITFunction.run
-JITFunction.run = lambda self, *args, warmup, **options: kernels.append(run(self, *args, warmup=True, **options))
-
-
-class Driver:
-    get_current_device = staticmethod(lambda: len(kernels))  # nothing in memory from other targets
-    get_current_stream = staticmethod(lambda device: 0)
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
-
-
-triton.runtime.driver.set_active(Driver())
 from m2rnn.ops.short_conv_triton import backward, forward
 
 packed = torch.zeros(70, dtype=torch.int32)
@@ -378,11 +360,4 @@ assert all(kernel.asm["cubin"] for kernel in kernels)
 
 def test_kernels_compile_ahead_of_time(tmp_path: Path) -> None:
     """For compute capabilities 9.0 and 8.0; and rows of a projection are read by vectors of 8 bytes or more."""
-    child = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert child.returncode == 0, child.stderr
+    compile_kernels(COMPILE, tmp_path)

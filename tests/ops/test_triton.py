@@ -3,10 +3,7 @@
 With a GPU they run all the tests of the other backends instead.
 """
 
-import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +14,7 @@ import torch
 from m2rnn.ops import scan
 from tests.conftest import INTERPRETED
 from tests.ops import test_integration, test_packed, test_scan
+from tests.ops.ahead_of_time import compile_kernels
 from tests.ops.cases import EMPTY, Case, check, make_problem, random_case, run, truth
 
 triton = pytest.importorskip("triton")
@@ -146,26 +144,7 @@ def test_contracts_of_every_backend() -> None:
     test_integration.test_shapes_without_data("fake", packed, "triton", "cpu")
 
 
-COMPILER = """
-# On a machine without a GPU: what would run is compiled, and collected in `kernels`
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
-
-kernels = []
-run = JITFunction.run
-JITFunction.run = lambda self, *args, warmup, **options: kernels.append(run(self, *args, warmup=True, **options))
-
-
-class Driver:
-    get_current_device = staticmethod(lambda: len(kernels))  # nothing in memory from other targets
-    get_current_stream = staticmethod(lambda device: 0)
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
-
-
-triton.runtime.driver.set_active(Driver())
-"""
-COMPILE = f"""{COMPILER}
+COMPILE = """
 from m2rnn.ops.triton import backward, forward
 
 for capability, dtype, key, value, offsets in (
@@ -185,15 +164,4 @@ assert all(kernel.asm["cubin"] for kernel in kernels)
 
 def test_kernels_compile_ahead_of_time(tmp_path: Path) -> None:
     """For compute capabilities 9.0 and 8.0: the interpreter takes more than the compiler does."""
-    run_compiler(COMPILE, tmp_path)
-
-
-def run_compiler(script: str, folder: Path) -> None:
-    child = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert child.returncode == 0, child.stderr
+    compile_kernels(COMPILE, tmp_path)
