@@ -13,7 +13,7 @@ struct Backward {
     const float* initial;  // [sequences, heads, key_dim, V] or null
     const saved_t* saved;  // [B, (steps - 1) / CHUNK, heads, key_dim, V]
     const i64* offsets;    // [sequences + 1] of packed sequences, or null
-    float* carry;          // [sequences, heads, key_dim, V]: c after the window's last step, then before its first
+    float* carry;          // [sequences, heads, key_dim, V]: c after the last step, then before a slice's first
     void *dq, *dk;         // [B, steps, source heads, key_stride]
     void *dq_parts, *dk_parts;  // if several blocks share a source head: [2, groups, B, window, source heads, key_stride]
     void* dv;              // [B, steps, heads, V], float32 if dv_float
@@ -81,8 +81,8 @@ static_assert(sizeof(BackwardShared) == SHARED_BYTES, "the launcher counts other
 
 struct Gradients {
     float carry[NT][4];       // c
-    float weight[KS][NT][4];         // dWᵀ of this chunk, this warp's rows' share
-    float f[8];                      // of 8 steps, this lane's share
+    float weight[KS][NT][4];  // dWᵀ of this chunk, this warp's rows' share
+    float f[8];               // of 8 steps, this lane's share
 };
 
 #define BOUNDED (CLIP && PARTS == 1)
@@ -185,16 +185,6 @@ __device__ __forceinline__ void store_pair(void* data, i64 index, float a, float
         store_pair(data, index, a, b);
 }
 
-// x ← g x, two numbers at a time; adding -0 changes nothing.
-__device__ __forceinline__ void scale(Packed& x, float g) {
-    const u32 factor = pack_bf16(g, g);
-#pragma unroll
-    for (int k = 0; k < KS; k++)
-#pragma unroll
-        for (int r = 0; r < AREGS; r++)
-            asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(x.part[0][k][r]) : "r"(factor), "r"(0x80008000u));
-}
-
 // The column of one of the 8 steps of a 16 × 8 product, as pairs of rows r and r + 8.
 __device__ __forceinline__ void store_column(float2 (&to)[8], const float (&x)[4], int step, int lane) {
     if (lane % 4 == step / 2) to[lane / 4] = make_float2(x[step % 2], x[step % 2 + 2]);
@@ -229,13 +219,11 @@ __device__ __forceinline__ void step_back(
         for (int i = 0; i < 4; i++) {
             const float grad = carry[n][i];
             df[i % 2] = fmaf(grad, h[n][i] - z[n][i], df[i % 2]);
-            dx[n][i] = grad * fmaf(-z[n][i], z[n][i], 1.f);
-            if (PARTS > 1) dx[n][i] *= g;
+            dx[n][i] = grad * fmaf(-g * z[n][i], z[n][i], g);
         }
     d.f[step] = df[0] + df[1];
     Packed dx_packed;
     pack(dx_packed, dx);
-    if (PARTS == 1) scale(dx_packed, g);
     float back[NT][4];
     start_sum(back, carry, f);
     multiply(back, dx_packed, transposed_weight);
@@ -288,6 +276,11 @@ struct Parts {
 
     __device__ __forceinline__ i64 offset(int which, int group, i64 batch) const {
         return ((which % 2 * groups + group) * batches + batch) * window * row;
+    }
+
+    // Where step 0 is, or would be, in the parts or, if there are none, in the result.
+    __device__ __forceinline__ i64 step_zero(int which, int group, i64 batch, i64 window_begin) const {
+        return parts ? offset(which, group, batch) - window_begin * row : batch * steps * row;
     }
 
     // Eight channels a thread, by all blocks of the task.
@@ -421,8 +414,8 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
             place.dy = (const input_t*)p.dy.data + batch * p.dy.batch + head * p.dy.head;
             place.f = (const float*)p.f.data + batch * p.f.batch + head / p.f.repeat * p.f.head;
             place.saved = p.saved + ((batch * ((p.steps - 1) / CHUNK) - 1) * p.heads + head) * p.key_dim * V;
-            place.dq = (dq.parts ? dq.offset(task.window, q_group, batch) - window_begin * q_row : batch * p.steps * q_row) + q_head * p.key_stride;
-            place.dk = (dk.parts ? dk.offset(task.window, k_group, batch) - window_begin * k_row : batch * p.steps * k_row) + k_head * p.key_stride;
+            place.dq = dq.step_zero(task.window, q_group, batch, window_begin) + q_head * p.key_stride;
+            place.dk = dk.step_zero(task.window, k_group, batch, window_begin) + k_head * p.key_stride;
             place.head = batch * p.steps * p.heads + head;
         }
         __syncthreads();
@@ -431,9 +424,11 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
             Inputs& in = shared.inputs[buffer];
             const u32 thread = forgotten(threadIdx.x), slot_thread = forgotten(own_slot_thread), lane = thread % 32;
             stage_two<CHUNK, ROWS, ALL_THREADS>(
-                in.q, in.k, place.q + first * p.q.time, place.k + first * p.k.time, p.q.time, p.k.time, first, begin, end, p.key_dim, thread);
+                in.q, in.k, place.q + first * p.q.time, place.k + first * p.k.time, p.q.time, p.k.time,
+                first, begin, end, p.key_dim, thread);
             stage_two<CHUNK, V, SLOT_THREADS>(
-                in.v[slot], in.dy[slot], place.v + first * p.v.time, place.dy + first * p.dy.time, p.v.time, p.dy.time, first, begin, end, V, slot_thread);
+                in.v[slot], in.dy[slot], place.v + first * p.v.time, place.dy + first * p.dy.time, p.v.time, p.dy.time,
+                first, begin, end, V, slot_thread);
             if (slot_thread < CHUNK) {
                 const bool valid = first + slot_thread >= begin && first + slot_thread < end;
                 copy<4>(&in.f[slot][slot_thread], valid ? place.f + (first + slot_thread) * p.f.time : &one, true);

@@ -8,9 +8,9 @@
 // float16 (16 bits) and for few steps, 3 for float32 (24 bits). Products of parts are exact and summed in float32, but
 // rounded towards zero: what is summed over many steps is added elsewhere.
 //
-// A tile is 16 rows of one head's state, and one warp owns it. A lane holds, of each 8 columns, two neighbours in row `lane / 4` and two
-// in the row 8 below: the layout of a tensor-core accumulator, which packed to bfloat16 is the layout of the operand A
-// of the next step. So the state never leaves the registers.
+// A tile is 16 rows of one head's state, and one warp owns it. A lane holds, of each 8 columns, two neighbours in row
+// `lane / 4` and two in the row 8 below: the layout of a tensor-core accumulator, which packed to bfloat16 is the layout
+// of the operand A of the next step. So the state never leaves the registers.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -374,9 +374,12 @@ template <int BYTES>
 __device__ __forceinline__ void copy(void* to, const void* from, bool valid) {
     const int bytes = valid ? BYTES : 0;  // the rest is filled with zeros
     if (BYTES == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+                     : "memory");
     else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(BYTES), "r"(bytes) : "memory");
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(BYTES),
+                     "r"(bytes)
+                     : "memory");
 }
 __device__ __forceinline__ void copies_issued() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
