@@ -38,7 +38,7 @@ def imported_modules(source: str, module: str) -> set[str]:
 
 
 def library_files() -> list[Path]:
-    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+    return sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE)
 
 
 def forbidden_imports(source: str, module: str) -> set[str]:

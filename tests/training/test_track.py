@@ -55,7 +55,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(tmp_path):
     log = tmp_path / "log.jsonl"
     options = "--group parity --train-length 6 --steps 2000 --batch-size 4 --device cpu"
     sizes = [f"--model={name}={json.dumps(value)}" for name, value in TINY.items()]
-    command = [sys.executable, "-m", "m2rnn.cli", "track", "--out", str(tmp_path), *options.split(), *sizes]
+    command = [sys.executable, "-m", "m2rnn", "track", "--out", str(tmp_path), *options.split(), *sizes]
     with subprocess.Popen(command, env=ENVIRONMENT, text=True, stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 60
         while not log.exists() and time.monotonic() < deadline:
@@ -76,7 +76,7 @@ def test_ctrl_c_in_a_comparison_saves_every_run(tmp_path):
     options = (
         "--compare m2rnn,gru --jobs 2 --train-length 6 --steps 100000 --batch-size 4 --device cpu --model hidden_size=8"
     )
-    command = [sys.executable, "-m", "m2rnn.cli", "track", "--out", str(tmp_path), *options.split()]
+    command = [sys.executable, "-m", "m2rnn", "track", "--out", str(tmp_path), *options.split()]
     logs = [tmp_path / mixer / "seed-0" / "log.jsonl" for mixer in ("m2rnn", "gru")]
     # A group of its own, all of which gets the signal, as from a terminal
     with subprocess.Popen(

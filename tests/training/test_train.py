@@ -414,7 +414,7 @@ def test_the_laptop_recipe_runs_short(tmp_path, data):
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, data):
     log = tmp_path / "log.jsonl"
-    command = [sys.executable, "-m", "m2rnn.cli", "train", *SETTINGS, "--data", data, "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "m2rnn", "train", *SETTINGS, "--data", data, "--out", str(tmp_path)]
     with subprocess.Popen([*command, "steps=100000"], env=ENVIRONMENT, text=True, stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 60
         while (not log.exists() or log.stat().st_size == 0) and time.monotonic() < deadline:

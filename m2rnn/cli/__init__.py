@@ -1,0 +1,38 @@
+"""The ``m2rnn`` command: parses, calls, prints. Heavy imports stay inside the commands, so that --help is fast."""
+
+import typer
+
+from m2rnn.cli.bench import bench
+from m2rnn.cli.convert import convert
+from m2rnn.cli.evaluate import evaluate
+from m2rnn.cli.generate import generate
+from m2rnn.cli.prepare import prepare
+from m2rnn.cli.presets import presets
+from m2rnn.cli.track import track
+from m2rnn.cli.train import train
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def m2rnn() -> None:
+    """M2RNN: a non-linear recurrent layer with a matrix-valued state."""
+
+
+COMMANDS = {
+    "track": track,
+    "train": train,
+    "presets": presets,
+    "prepare": prepare,
+    "convert": convert,
+    "eval": evaluate,
+    "generate": generate,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(command)
+app.add_typer(bench, name="bench")
+
+
+def main() -> None:
+    """The entry point."""
+    app()

@@ -1,0 +1,48 @@
+"""How a command ends when something is wrong: one line, an exit status, no traceback."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import typer
+
+from m2rnn.data.run_folder import RunFolderError
+from m2rnn.training.track_settings import SettingsError
+
+
+def fail(message: str, exit_code: int) -> NoReturn:
+    """End with ``message`` on standard error: exit status 2 for a mistake of the user's, 1 for a failure."""
+    typer.echo(f"m2rnn: {message}", err=True)
+    raise typer.Exit(exit_code)
+
+
+@contextmanager
+def user_errors(*mistakes: type[Exception], interrupted: str, once_mended: str = "") -> Iterator[None]:
+    """End with one line for what a user, the disk or Ctrl-C did.
+
+    Args:
+        mistakes: exceptions that stand for a user's mistake, beside those of settings and of folders of runs.
+        interrupted: what to say after Ctrl-C.
+        once_mended: what to add to an error of the operating system.
+    """
+    users: tuple[type[Exception], ...] = (SettingsError, RunFolderError, *mistakes)
+    try:
+        yield
+    except users as error:
+        fail(str(error), exit_code=2)
+    except OSError as error:
+        fail(f"{error}{once_mended}", exit_code=1)
+    except KeyboardInterrupt:
+        fail(interrupted, exit_code=130)
+
+
+@contextmanager
+def out_of_memory() -> Iterator[None]:
+    """End with one line where the GPU's memory is too small for the batch."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch
+            raise
+        reason = str(error).partition(". ")[0]
+        fail(f"{reason}: the same command goes on with a smaller --batch or --segment", exit_code=1)

@@ -1,0 +1,106 @@
+"""``m2rnn train``: pretraining of language models."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from m2rnn.cli.errors import fail
+from m2rnn.cli.options import OverwriteRun
+from m2rnn.data.run_folder import RunFolderError
+from m2rnn.training.track_settings import SettingsError
+
+
+def train(
+    recipe: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE.yaml] [KEY=VALUE]...",
+            help="A file of settings, such as recipes/laptop.yaml, and settings that differ from it.",
+        ),
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="A model of `m2rnn presets`; or in the recipe.")] = None,
+    data: Annotated[str | None, typer.Option(help="The folder that m2rnn prepare made; or in the recipe.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; the same command goes on.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Save and stop after that time; the same command goes on.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print sizes, schedule and memory, and train nothing.")
+    ] = False,
+    overwrite: OverwriteRun = False,
+) -> None:
+    """Train a language model on token files: on a CPU, on a GPU, or on many under torchrun.
+
+    Writes log.jsonl, TensorBoard files and, at the end, results.json, loss.png and model/ for from_pretrained.
+    Interrupted by Ctrl-C, killed, or out of disk, the same command goes on from the last checkpoint, also on another
+    number of processes. docs/training.md lists the settings; a dot reaches into the model, as in
+    model.mixer_options.m2rnn.num_heads=8.
+
+    Examples:
+
+    m2rnn train recipes/laptop.yaml --data data/notes --out runs/notes
+
+    m2rnn train --preset hybrid-m2rnn-410m --data data/corpus --dry-run steps=5000 batch_size=256
+
+    torchrun --nproc-per-node 8 -m m2rnn train recipes/7b.yaml --data data/corpus --out runs/7b
+    """
+    from m2rnn.data.sources import DataError
+    from m2rnn.training.train_settings import load_settings
+
+    process = int(os.environ.get("RANK", "0"))
+    is_first = process == 0
+
+    def end(message: str, exit_code: int) -> NoReturn:
+        if is_first:
+            fail(message, exit_code)
+        raise typer.Exit(exit_code)
+
+    try:
+        overrides = list(recipe or [])
+        path = Path(overrides.pop(0)) if overrides and "=" not in overrides[0] else None
+        given = {name: value for name, value in (("preset", preset), ("data", data)) if value is not None}
+        settings = load_settings(path, overrides, given)
+        if out is None and not dry_run:
+            raise SettingsError("no --out: give the folder of the run")
+    except SettingsError as error:
+        end(str(error), exit_code=2)
+    try:
+        from m2rnn.training import train as training
+    except ImportError as error:
+        end(f"{error}: training needs pip install 'm2rnn[train]'", exit_code=1)
+    from m2rnn.training.checkpoint import CheckpointError
+    from m2rnn.training.display import Display
+    from m2rnn.training.monitor import NonFiniteError
+    from m2rnn.training.train_report import table
+
+    try:
+        if dry_run:
+            text = training.dry_run(settings)
+            if is_first:
+                typer.echo(text)
+            return
+        assert out is not None
+        with Display(sys.stdout if is_first else None) as display:
+            results = training.train(settings, out, minutes=minutes, overwrite=overwrite, display=display)
+    except (SettingsError, RunFolderError) as error:
+        end(str(error), exit_code=2)
+    except DataError as error:  # perhaps of this process alone
+        fail(str(error) if is_first else f"process {process}: {error}", exit_code=2)
+    except (CheckpointError, NonFiniteError) as error:
+        end(str(error), exit_code=1)
+    except training.Stopped as stopped:
+        why = "interrupted" if stopped.interrupted else f"stopped after {minutes:g} minutes"
+        step = f"step {stopped.step:,} of {settings.steps:,} is saved"
+        end(f"{why}: {step}, and the same command goes on from it in {out}", 130 if stopped.interrupted else 0)
+    except KeyboardInterrupt:
+        end(f"interrupted; the same command goes on from the last checkpoint in {out}", exit_code=130)
+    except OSError as error:
+        fail(f"{error}. Once that is mended, the same command goes on in {out}", exit_code=1)
+    finally:
+        training.leave_process_group()
+    if is_first:
+        typer.echo(table(results, out))
+        typer.echo(f"\nmodel, results and plot: {out}")
