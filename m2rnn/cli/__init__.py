@@ -1,5 +1,7 @@
 """The ``m2rnn`` command: parses, calls, prints. Heavy imports stay inside the commands, so that --help is fast."""
 
+from collections.abc import Callable
+
 import typer
 
 from m2rnn.cli.bench import bench
@@ -19,7 +21,7 @@ def m2rnn() -> None:
     """M2RNN: a non-linear recurrent layer with a matrix-valued state."""
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "track": track,
     "train": train,
     "presets": presets,

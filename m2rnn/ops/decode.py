@@ -5,6 +5,8 @@ search does; ``m2rnn::decode_step_`` writes them where the old ones are, so that
 address at every token. The kernel is the same, and both read and write each state once.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,28 @@ from m2rnn.ops.scan import m2rnn_step
 from m2rnn.ops.shapes import state_dtype
 
 FEW_ROWS = 4  #: that ``few_rows_linear`` multiplies with its own kernel; more are a matter for a matrix product
+
+
+class Token(NamedTuple):
+    """The arguments of `decode_step`, in the order of the operators' own, which take no tuple."""
+
+    projected: Tensor
+    state: Tensor
+    conv_state: Tensor | None
+    weight: Tensor
+    A_log: Tensor
+    dt_bias: Tensor
+    conv_weight: Tensor | None
+    conv_bias: Tensor | None
+    D: Tensor | None
+    norm_weight: Tensor | None
+    norm_eps: float
+    q_heads: int
+    k_heads: int
+    v_heads: int
+    g_heads: int
+    silu: bool
+    backend: str | None
 
 
 def decode_step(
@@ -64,13 +88,13 @@ def decode_step(
     Returns:
         ``(y, state, conv_state)``: y ``[B, N · V]`` in the dtype of ``projected``, and the states after the token.
     """
-    arguments = (
-        weight, A_log, dt_bias, conv_weight, conv_bias, D, norm_weight, norm_eps, q_heads, k_heads, v_heads, g_heads,
-        silu, backend,
+    token = Token(
+        projected, state, conv_state, weight, A_log, dt_bias, conv_weight, conv_bias, D, norm_weight, norm_eps,
+        q_heads, k_heads, v_heads, g_heads, silu, backend,
     )  # fmt: skip
     if in_place:
-        return torch.ops.m2rnn.decode_step_(projected, state, conv_state, *arguments), state, conv_state
-    y, state, new_conv_state = torch.ops.m2rnn.decode_step(projected, state, conv_state, *arguments)
+        return torch.ops.m2rnn.decode_step_(*token), state, conv_state
+    y, state, new_conv_state = torch.ops.m2rnn.decode_step(*token)
     return y, state, None if conv_state is None else new_conv_state
 
 
@@ -100,127 +124,76 @@ _LIBRARY.define("few_rows_linear(Tensor x, Tensor weight) -> Tensor", tags=torch
 
 
 @torch.library.impl(_LIBRARY, "decode_step", "CompositeExplicitAutograd")
-def _decode_step(
-    projected: Tensor,
-    state: Tensor,
-    conv_state: Tensor | None,
-    weight: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    conv_weight: Tensor | None,
-    conv_bias: Tensor | None,
-    D: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_eps: float,
-    q_heads: int,
-    k_heads: int,
-    v_heads: int,
-    g_heads: int,
-    silu: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    counts = q_heads, k_heads, v_heads, g_heads
-    tensors = projected, state, conv_state, weight, A_log, dt_bias, conv_weight, conv_bias, D, norm_weight
-    if _has_kernel(tensors, counts, backend):
+def _decode_step(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    token = Token(*arguments)
+    new_state: Tensor
+    new_conv_state: Tensor | None
+    if _has_kernel(token):
         from m2rnn.ops.cuda import step
 
-        new_state = torch.empty_like(state)
-        new_conv_state = None if conv_state is None else torch.empty_like(conv_state)
-        y = step.step(*tensors, norm_eps, counts, silu, new_state, new_conv_state)
+        new_state = torch.empty_like(token.state)
+        new_conv_state = None if token.conv_state is None else torch.empty_like(token.conv_state)
+        y = step.step(token, new_state, new_conv_state)
     else:
-        y, new_state, new_conv_state = _plain(*tensors, norm_eps, counts, silu, backend)
-    return y, new_state, projected.new_empty(0) if new_conv_state is None else new_conv_state
+        y, new_state, new_conv_state = _plain(token)
+    return y, new_state, token.projected.new_empty(0) if new_conv_state is None else new_conv_state
 
 
 @torch.library.impl(_LIBRARY, "decode_step_", "CompositeExplicitAutograd")
-def _decode_step_(
-    projected: Tensor,
-    state: Tensor,
-    conv_state: Tensor | None,
-    weight: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    conv_weight: Tensor | None,
-    conv_bias: Tensor | None,
-    D: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_eps: float,
-    q_heads: int,
-    k_heads: int,
-    v_heads: int,
-    g_heads: int,
-    silu: bool,
-    backend: str | None,
-) -> Tensor:
-    counts = q_heads, k_heads, v_heads, g_heads
-    tensors = projected, state, conv_state, weight, A_log, dt_bias, conv_weight, conv_bias, D, norm_weight
-    if _has_kernel(tensors, counts, backend):
+def _decode_step_(*arguments: Any) -> Tensor:
+    token = Token(*arguments)
+    if _has_kernel(token):
         from m2rnn.ops.cuda import step
 
-        return step.step(*tensors, norm_eps, counts, silu, state, conv_state)
-    y, new_state, new_conv_state = _plain(*tensors, norm_eps, counts, silu, backend)
-    state.copy_(new_state)
-    if conv_state is not None and new_conv_state is not None:
-        conv_state.copy_(new_conv_state)
+        return step.step(token, token.state, token.conv_state)
+    y, new_state, new_conv_state = _plain(token)
+    token.state.copy_(new_state)
+    if token.conv_state is not None and new_conv_state is not None:
+        token.conv_state.copy_(new_conv_state)
     return y
 
 
-def _has_kernel(tensors: tuple[Tensor | None, ...], counts: tuple[int, int, int, int], backend: str | None) -> bool:
-    if backend not in (None, "cuda") or tensors[0] is None or not tensors[0].is_cuda:
+def _has_kernel(token: Token) -> bool:
+    if token.backend not in (None, "cuda") or not token.projected.is_cuda:
         return False
     from m2rnn.ops.cuda import step
 
-    return step.why_not(*tensors, counts) is None  # type: ignore[call-arg, arg-type]
+    return step.why_not(token) is None
 
 
-def _plain(
-    projected: Tensor,
-    state: Tensor,
-    conv_state: Tensor | None,
-    weight: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    conv_weight: Tensor | None,
-    conv_bias: Tensor | None,
-    D: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_eps: float,
-    counts: tuple[int, int, int, int],
-    silu: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _plain(token: Token) -> tuple[Tensor, Tensor, Tensor | None]:
     """The equations, in the state's precision."""
-    batch, heads, key_dim, value_dim = state.shape
-    q_heads, k_heads, v_heads, g_heads = counts
-    sizes = q_heads * key_dim, k_heads * key_dim, v_heads * value_dim
-    dtype = state_dtype(projected, state)
-    qkv, logits, g = projected.split((sum(sizes), A_log.shape[0], g_heads * value_dim), -1)
+    batch, heads, key_dim, value_dim = token.state.shape
+    sizes = token.q_heads * key_dim, token.k_heads * key_dim, token.v_heads * value_dim
+    dtype = state_dtype(token.projected, token.state)
+    qkv, logits, g = token.projected.split((sum(sizes), token.A_log.shape[0], token.g_heads * value_dim), -1)
     new_conv_state = None
-    if conv_weight is None:
+    if token.conv_weight is None:
         qkv = qkv.to(dtype)
     else:
-        assert conv_state is not None
-        window = torch.cat([conv_state.to(qkv.dtype), qkv[:, None]], 1)
+        assert token.conv_state is not None
+        window = torch.cat([token.conv_state.to(qkv.dtype), qkv[:, None]], 1)
         new_conv_state = window[:, 1:].clone()
-        qkv = (window.to(dtype) * conv_weight[:, 0].to(dtype).T).sum(1)
-        if conv_bias is not None:
-            qkv = qkv + conv_bias.to(dtype)
-    if silu:
+        qkv = (window.to(dtype) * token.conv_weight[:, 0].to(dtype).T).sum(1)
+        if token.conv_bias is not None:
+            qkv = qkv + token.conv_bias.to(dtype)
+    if token.silu:
         qkv = F.silu(qkv)
-    q, k, v = qkv.split(sizes, -1)
-    q, k = q.reshape(batch, q_heads, key_dim), k.reshape(batch, k_heads, key_dim)
-    v = v.reshape(batch, v_heads, value_dim)
-    f = torch.exp(-A_log.to(dtype).exp() * F.softplus(logits.to(dtype) + dt_bias.to(dtype)))
-    y, new_state = m2rnn_step(q, k, v, f, weight, state, backend=backend)
-    if D is not None:
-        y = y + D.to(dtype) * v.repeat_interleave(heads // v_heads, 1)
-    if g_heads:
-        gates = F.silu(g.to(dtype)).view(batch, g_heads, value_dim)
-        y = y * gates.repeat_interleave(heads // g_heads, 1)
+    q, k, v = (
+        x.reshape(batch, count, -1)
+        for x, count in zip(qkv.split(sizes, -1), (token.q_heads, token.k_heads, token.v_heads), strict=True)
+    )
+    f = torch.exp(-token.A_log.to(dtype).exp() * F.softplus(logits.to(dtype) + token.dt_bias.to(dtype)))
+    y, new_state = m2rnn_step(q, k, v, f, token.weight, token.state, backend=token.backend)
+    if token.D is not None:
+        y = y + token.D.to(dtype) * v.repeat_interleave(heads // token.v_heads, 1)
+    if token.g_heads:
+        gates = F.silu(g.to(dtype)).view(batch, token.g_heads, value_dim)
+        y = y * gates.repeat_interleave(heads // token.g_heads, 1)
     y = y.reshape(batch, heads * value_dim)
-    if norm_weight is not None:
-        y = F.rms_norm(y, y.shape[-1:], norm_weight.to(dtype), norm_eps)
-    return y.to(projected.dtype), new_state, new_conv_state
+    if token.norm_weight is not None:
+        y = F.rms_norm(y, y.shape[-1:], token.norm_weight.to(dtype), token.norm_eps)
+    return y.to(token.projected.dtype), new_state, new_conv_state
 
 
 @torch.library.impl(_LIBRARY, "few_rows_linear", "CompositeExplicitAutograd")

@@ -11,6 +11,7 @@ from torch import Tensor
 from m2rnn.ops import cuda
 from m2rnn.ops.cuda.compiler import cubin
 from m2rnn.ops.cuda.driver import Kernel
+from m2rnn.ops.decode import Token
 
 _DTYPES = {torch.bfloat16: (0, 1), torch.float16: (1, 2), torch.float32: (2, 3)}  # INPUT and PARTS
 _VALUE_DIMS = (8, 16, 32, 64)
@@ -119,81 +120,54 @@ def why_unavailable() -> str | None:
     return cuda.why_unavailable()
 
 
-def _heads(
-    state: Tensor, weight: Tensor, A_log: Tensor, q_heads: int, k_heads: int, v_heads: int, g_heads: int
-) -> _Heads:
-    _, heads, key_dim, value_dim = state.shape
-    f_heads, weight_heads = A_log.shape[0], weight.shape[0]
-    return _Heads(heads, q_heads, k_heads, v_heads, f_heads, g_heads, weight_heads, key_dim, value_dim)
+def _heads(token: Token) -> _Heads:
+    _, heads, key_dim, value_dim = token.state.shape
+    return _Heads(
+        heads, token.q_heads, token.k_heads, token.v_heads, token.A_log.shape[0], token.g_heads, token.weight.shape[0],
+        key_dim, value_dim,
+    )  # fmt: skip
 
 
-def why_not(
-    projected: Tensor,
-    state: Tensor,
-    conv_state: Tensor | None,
-    weight: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    conv_weight: Tensor | None,
-    conv_bias: Tensor | None,
-    D: Tensor | None,
-    norm_weight: Tensor | None,
-    counts: tuple[int, int, int, int],
-) -> str | None:
+def why_not(token: Token) -> str | None:
     """Why ``step`` cannot take these arguments, or None if it can."""
-    if not projected.is_cuda:
-        return f"the tensors are on {projected.device.type}"
+    if not token.projected.is_cuda:
+        return f"the tensors are on {token.projected.device.type}"
     if (reason := why_unavailable()) is not None:
         return reason
-    major, _, shared_bytes = _gpu(projected.device.index)
+    major, _, shared_bytes = _gpu(token.projected.device.index)
     if major < 8:
         return "the GPU's compute capability is below 8.0"
-    if projected.dtype not in _DTYPES:
-        return f"the inputs are {projected.dtype}"
-    if state.shape[3] not in _VALUE_DIMS:
-        return f"V is {state.shape[3]}"
-    if conv_weight is not None and conv_weight.shape[-1] > _WIDEST_CONVOLUTION:
-        return f"the convolution has {conv_weight.shape[-1]} taps"
-    same = (conv_state, weight, conv_weight, conv_bias, D, norm_weight)
-    exact = (state, A_log, dt_bias)
-    if any(x is not None and x.dtype != projected.dtype for x in same) or any(x.dtype != torch.float32 for x in exact):
+    if token.projected.dtype not in _DTYPES:
+        return f"the inputs are {token.projected.dtype}"
+    if token.state.shape[3] not in _VALUE_DIMS:
+        return f"V is {token.state.shape[3]}"
+    if token.conv_weight is not None and token.conv_weight.shape[-1] > _WIDEST_CONVOLUTION:
+        return f"the convolution has {token.conv_weight.shape[-1]} taps"
+    same = (token.conv_state, token.weight, token.conv_weight, token.conv_bias, token.D, token.norm_weight)
+    exact = (token.state, token.A_log, token.dt_bias)
+    dtype = token.projected.dtype
+    if any(x is not None and x.dtype != dtype for x in same) or any(x.dtype != torch.float32 for x in exact):
         return "the dtypes are mixed"
-    if not all(x is None or x.is_contiguous() for x in (*same, *exact)) or projected.stride(1) != 1:
+    if not all(x is None or x.is_contiguous() for x in (*same, *exact)) or token.projected.stride(1) != 1:
         return "the tensors are not contiguous"
-    if state.data_ptr() % 16:
+    if token.state.data_ptr() % 16:
         return "the state is not aligned to 16 bytes"
-    heads = _heads(state, weight, A_log, *counts)
+    heads = _heads(token)
     if heads.shared_bytes(heads.all, -(-heads.key_dim // 16)) > shared_bytes - 1024:
         return "a sequence's channels do not fit in shared memory"
     return None
 
 
-def step(
-    projected: Tensor,
-    state: Tensor,
-    conv_state: Tensor | None,
-    weight: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    conv_weight: Tensor | None,
-    conv_bias: Tensor | None,
-    D: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_eps: float,
-    counts: tuple[int, int, int, int],
-    silu: bool,
-    new_state: Tensor,
-    new_conv_state: Tensor | None,
-) -> Tensor:
-    """``decode_step`` of m2rnn/ops/decode.py; the new states may be the given ones. ``counts``: heads of q, k, v, g."""
-    batch, device = state.shape[0], projected.device.index
-    heads = _heads(state, weight, A_log, *counts)
-    y = projected.new_empty(batch, heads.all * heads.value_dim)
+def step(token: Token, new_state: Tensor, new_conv_state: Tensor | None) -> Tensor:
+    """``decode_step`` of m2rnn/ops/decode.py; the new states may be the token's."""
+    batch, device = token.state.shape[0], token.projected.device.index
+    heads = _heads(token)
+    y = token.projected.new_empty(batch, heads.all * heads.value_dim)
     major, sms, _ = _gpu(device)
 
-    latency = state.numel() * 4 <= _LATENCY_BYTES
-    width = 0 if conv_weight is None else conv_weight.shape[-1]
-    macros = _step_macros(projected.dtype, heads.key_dim, heads.value_dim, width, latency)
+    latency = token.state.numel() * 4 <= _LATENCY_BYTES
+    width = 0 if token.conv_weight is None else token.conv_weight.shape[-1]
+    macros = _step_macros(token.projected.dtype, heads.key_dim, heads.value_dim, width, latency)
     groups = dict(macros)["GROUPS"]
 
     # One wave of blocks; if there are more sequences than that, small blocks, for a short last wave
@@ -205,22 +179,23 @@ def step(
         return None if x is None else x.data_ptr()
 
     head_counts = (heads.q, heads.k, heads.v, heads.f, heads.g, heads.weight)
-    with torch.cuda.device(projected.device):
+    with torch.cuda.device(token.projected.device):
         block_heads = -(-heads.all // cluster)
         kernel, largest = _step_kernel(macros, heads.shared_bytes(block_heads, groups), device)
         if cluster > largest:
             cluster, block_heads = largest, -(-heads.all // largest)
             kernel, _ = _step_kernel(macros, heads.shared_bytes(block_heads, groups), device)
         arguments = _Step(
-            *(pointer(x) for x in (projected, state, new_state, conv_state, new_conv_state)),
-            *(pointer(x) for x in (conv_weight, conv_bias, weight, A_log, dt_bias, D, norm_weight, y)),
-            projected.stride(0), norm_eps, heads.all, heads.key_dim, block_heads, silu, latency,
+            *(pointer(x) for x in (token.projected, token.state, new_state, token.conv_state, new_conv_state)),
+            *(pointer(x) for x in (token.conv_weight, token.conv_bias, token.weight, token.A_log, token.dt_bias)),
+            *(pointer(x) for x in (token.D, token.norm_weight, y)),
+            token.projected.stride(0), token.norm_eps, heads.all, heads.key_dim, block_heads, token.silu, latency,
             *head_counts, *(count / heads.all for count in head_counts),
         )  # fmt: skip
         if major < 9:
-            kernel(batch * cluster, arguments, projected.device)
+            kernel(batch * cluster, arguments, token.projected.device)
         else:
-            kernel.launch_early(batch * cluster, arguments, projected.device, cluster)
+            kernel.launch_early(batch * cluster, arguments, token.projected.device, cluster)
     return y
 
 
