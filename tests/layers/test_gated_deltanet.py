@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from m2rnn.layers import GatedDeltaNet
-from tests.tolerances import assert_close
+from tests.layers.equations import assert_layer_is, convolve, rms_norm, sigmoid, silu
 
 HEADS, KEY, VALUE, HIDDEN = 2, 3, 5, 8
 OPTIONS = [
@@ -19,25 +19,6 @@ OPTIONS = [
     {"conv_size": 3, "activation": None},
     {"conv_size": None, "activation": None, "norm": False, "gate": False},
 ]
-
-
-def silu(x: Tensor) -> Tensor:
-    return x / (1 + torch.exp(-x))
-
-
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | float = 0.0) -> Tensor:
-    """A causal convolution of ``x`` [T, C], a tap at a time."""
-    taps = weight.shape[2]
-    return torch.stack(
-        [
-            bias + sum(weight[:, 0, taps - 1 - lag] * x[t - lag] for lag in range(taps) if t >= lag)
-            for t in range(len(x))
-        ]
-    )
-
-
-def rms_norm(y: Tensor, weight: Tensor) -> Tensor:
-    return y / torch.sqrt((y * y).mean() + 1e-5) * weight
 
 
 def straight_line(layer: GatedDeltaNet, x: Tensor, options: dict) -> Tensor:
@@ -65,7 +46,7 @@ def straight_line(layer: GatedDeltaNet, x: Tensor, options: dict) -> Tensor:
                 k = qkv[t, (HEADS + j * HEADS + n) * KEY :][:KEY]
                 k = k / torch.sqrt(k @ k + 1e-6)
                 v = qkv[t, (1 + writes) * HEADS * KEY + (j * HEADS + n) * VALUE :][:VALUE]
-                beta = 1 / (1 + torch.exp(-beta_logits[t, j * HEADS + n]))
+                beta = sigmoid(beta_logits[t, j * HEADS + n])
                 if options.get("negative_eigenvalues"):
                     beta = 2 * beta
                 S = S - beta * torch.outer(k, k) @ S + beta * torch.outer(k, v)
@@ -80,20 +61,8 @@ def straight_line(layer: GatedDeltaNet, x: Tensor, options: dict) -> Tensor:
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_layer_is_its_equations(options: dict) -> None:
-    layer = GatedDeltaNet(HIDDEN, HEADS, KEY, VALUE, **options).double()
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, 0.1, 0.7)
-    x = torch.randn(7, HIDDEN, dtype=torch.float64, requires_grad=True)
-    y, _ = layer(x[None])
-    expected = straight_line(layer, x, options)
-    assert_close(y[0], expected, torch.float64, "output")
-    inputs = [x, *layer.parameters()]
-    cotangent = torch.randn_like(expected)
-    ours = torch.autograd.grad(y[0], inputs, cotangent)
-    theirs = torch.autograd.grad(expected, inputs, cotangent)
-    names = ["x", *dict(layer.named_parameters())]
-    for one, other, name in zip(ours, theirs, names, strict=True):
-        assert_close(one, other, torch.float64, "gradient", name)
+    layer = GatedDeltaNet(HIDDEN, HEADS, KEY, VALUE, **options)
+    assert_layer_is(layer, lambda x: straight_line(layer, x, options), HIDDEN)
 
 
 @pytest.mark.parametrize(("negative", "lowest"), [(False, 0.0), (True, -1.0)])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from m2rnn.layers import M2RNN
-from tests.tolerances import assert_close
+from tests.layers.equations import assert_layer_is, convolve, rms_norm, silu
 
 HEADS, KEY, VALUE, HIDDEN = 4, 3, 5, 8
 OPTIONS = [
@@ -28,10 +28,6 @@ OPTIONS = [
 ]
 
 
-def silu(x: Tensor) -> Tensor:
-    return x / (1 + torch.exp(-x))
-
-
 def straight_line(layer: M2RNN, x: Tensor, options: dict) -> Tensor:
     """The layer's equations for one sequence ``x`` [T, hidden], in the order in which they are stated."""
     counts = {
@@ -48,13 +44,7 @@ def straight_line(layer: M2RNN, x: Tensor, options: dict) -> Tensor:
     width_qkv = width_qk + counts["v"] * VALUE
     qkv, logits, g = projected.tensor_split([width_qkv, width_qkv + counts["f"]], 1)
     if "conv.weight" in p:
-        taps = p["conv.weight"].shape[2]
-        qkv = torch.stack(
-            [
-                sum(p["conv.weight"][:, 0, taps - 1 - lag] * qkv[t - lag] for lag in range(taps) if t - lag >= 0)
-                for t in range(len(x))
-            ]
-        )
+        qkv = convolve(qkv, p["conv.weight"])
     if options.get("activation", "silu") == "silu":
         qkv = silu(qkv)
     rows = []
@@ -82,27 +72,15 @@ def straight_line(layer: M2RNN, x: Tensor, options: dict) -> Tensor:
             row.append(y)
         y = torch.cat(row)
         if options.get("norm", True):
-            y = y / torch.sqrt((y * y).mean() + 1e-5) * p["norm.weight"]
+            y = rms_norm(y, p["norm.weight"])
         rows.append(p["out_proj.weight"] @ y)
     return torch.stack(rows)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_layer_is_its_equations(options: dict) -> None:
-    layer = M2RNN(HIDDEN, HEADS, KEY, VALUE, state_clip=None, **options).double()
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, 0.1, 0.7)
-    x = torch.randn(7, HIDDEN, dtype=torch.float64, requires_grad=True)
-    y, _ = layer(x[None])
-    expected = straight_line(layer, x, options)
-    assert_close(y[0], expected, torch.float64, "output")
-    inputs = [x, *layer.parameters()]
-    cotangent = torch.randn_like(expected)
-    ours = torch.autograd.grad(y[0], inputs, cotangent)
-    theirs = torch.autograd.grad(expected, inputs, cotangent)
-    names = ["x", *dict(layer.named_parameters())]
-    for one, other, name in zip(ours, theirs, names, strict=True):
-        assert_close(one, other, torch.float64, "gradient", name)
+    layer = M2RNN(HIDDEN, HEADS, KEY, VALUE, state_clip=None, **options)
+    assert_layer_is(layer, lambda x: straight_line(layer, x, options), HIDDEN)
 
 
 def test_state_clip_bounds_what_flows_back_through_the_state() -> None:

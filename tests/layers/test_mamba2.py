@@ -5,8 +5,7 @@ import torch
 from torch import Tensor
 
 from m2rnn.layers import Mamba2
-from tests.layers.test_gated_deltanet import convolve, rms_norm, silu
-from tests.tolerances import assert_close
+from tests.layers.equations import assert_layer_is, convolve, rms_norm, silu
 
 HEADS, STATE, INNER, HIDDEN = 3, 5, 12, 8
 HEAD = INNER // HEADS
@@ -51,20 +50,8 @@ def straight_line(layer: Mamba2, x: Tensor, options: dict) -> Tensor:
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_layer_is_its_equations(options: dict) -> None:
-    layer = Mamba2(HIDDEN, HEADS, STATE, INNER, **options).double()
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, 0.1, 0.7)
-    x = torch.randn(7, HIDDEN, dtype=torch.float64, requires_grad=True)
-    y, _ = layer(x[None])
-    expected = straight_line(layer, x, options)
-    assert_close(y[0], expected, torch.float64, "output")
-    inputs = [x, *layer.parameters()]
-    cotangent = torch.randn_like(expected)
-    ours = torch.autograd.grad(y[0], inputs, cotangent)
-    theirs = torch.autograd.grad(expected, inputs, cotangent)
-    names = ["x", *dict(layer.named_parameters())]
-    for one, other, name in zip(ours, theirs, names, strict=True):
-        assert_close(one, other, torch.float64, "gradient", name)
+    layer = Mamba2(HIDDEN, HEADS, STATE, INNER, **options)
+    assert_layer_is(layer, lambda x: straight_line(layer, x, options), HIDDEN)
 
 
 def test_start() -> None:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from m2rnn.layers import GRU, RNN, SwiGLU
+from tests.layers.equations import assert_layer_is, convolve, rms_norm, sigmoid, silu
 from tests.tolerances import assert_close
 
 LAYERS = {"rnn": RNN, "gru": GRU}
@@ -18,10 +19,6 @@ OPTIONS = [
 ]
 
 
-def sigmoid(x: Tensor) -> Tensor:
-    return 1 / (1 + torch.exp(-x))
-
-
 def straight_line(layer: RNN, x: Tensor, options: dict) -> Tensor:
     """The layer's equations for one sequence ``x`` [T, hidden], in the order in which they are stated."""
     p = dict(layer.named_parameters())
@@ -29,15 +26,9 @@ def straight_line(layer: RNN, x: Tensor, options: dict) -> Tensor:
     parts = (x @ p["in_proj.weight"].T).unflatten(1, (-1, HEADS * UNITS)).unbind(1)
     inputs = parts[0]
     if "conv.weight" in p:
-        taps = p["conv.weight"].shape[2]
-        inputs = torch.stack(
-            [
-                sum(p["conv.weight"][:, 0, taps - 1 - lag] * inputs[t - lag] for lag in range(taps) if t - lag >= 0)
-                for t in range(len(x))
-            ]
-        )
+        inputs = convolve(inputs, p["conv.weight"])
     if options.get("activation", "silu") == "silu":
-        inputs = inputs * sigmoid(inputs)
+        inputs = silu(inputs)
     weights = p["state_weight"].unflatten(0, (1 + gates, HEADS))
     states = [torch.zeros(UNITS, dtype=x.dtype)] * HEADS
     rows = []
@@ -54,9 +45,9 @@ def straight_line(layer: RNN, x: Tensor, options: dict) -> Tensor:
                 states[n] = torch.tanh(weights[0, n].T @ h + inputs[t, here])
         y = torch.cat(states)
         if options.get("gate", True):
-            y = y * parts[-1][t] * sigmoid(parts[-1][t])
+            y = y * silu(parts[-1][t])
         if options.get("norm", True):
-            y = y / torch.sqrt((y * y).mean() + 1e-5) * p["norm.weight"]
+            y = rms_norm(y, p["norm.weight"])
         rows.append(p["out_proj.weight"] @ y)
     return torch.stack(rows)
 
@@ -64,19 +55,8 @@ def straight_line(layer: RNN, x: Tensor, options: dict) -> Tensor:
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer_is_its_equations(name: str, options: dict) -> None:
-    layer = LAYERS[name](HIDDEN, HEADS, UNITS, state_clip=None, **options).double()
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, 0.1, 0.7)
-    x = torch.randn(7, HIDDEN, dtype=torch.float64, requires_grad=True)
-    y, _ = layer(x[None])
-    expected = straight_line(layer, x, options)
-    assert_close(y[0], expected, torch.float64, "output")
-    inputs = [x, *layer.parameters()]
-    cotangent = torch.randn_like(expected)
-    ours = torch.autograd.grad(y[0], inputs, cotangent)
-    theirs = torch.autograd.grad(expected, inputs, cotangent)
-    for one, other, key in zip(ours, theirs, ["x", *dict(layer.named_parameters())], strict=True):
-        assert_close(one, other, torch.float64, "gradient", key)
+    layer = LAYERS[name](HIDDEN, HEADS, UNITS, state_clip=None, **options)
+    assert_layer_is(layer, lambda x: straight_line(layer, x, options), HIDDEN)
 
 
 @pytest.mark.parametrize("name", LAYERS)
