@@ -1,5 +1,7 @@
 """How large a model is: parameters, state, and the work of training, without making its weights."""
 
+from collections import Counter
+from copy import copy
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,7 +57,7 @@ class ModelSize:
 
 
 def size_of(config: M2RNNConfig, context: int = 4096) -> ModelSize:
-    """The sizes of a configuration's model, which is built on the meta device.
+    """The sizes of a configuration's model, of which one layer of each kind is built on the meta device.
 
     Args:
         config: of the model.
@@ -66,24 +68,28 @@ def size_of(config: M2RNNConfig, context: int = 4096) -> ModelSize:
     """
     if context < 1:
         raise ValueError(f"context must be at least 1, got {context}")
+    layers = Counter(zip(config.mixers, config.mlps, strict=True))
+    sample = copy(config)  # one layer of each kind
+    sample.mixers, sample.mlps = (list(names) for names in zip(*layers, strict=True))
     with torch.device("meta"):
-        model = M2RNNForCausalLM(config)
+        model = M2RNNForCausalLM(sample)
+    blocks = model.model.layers
     total = model.num_parameters()
+    idle = 0
+    for block, count in zip(blocks, layers.values(), strict=True):
+        total += (count - 1) * _count(block)
+        idle += count * sum(_idle(module) for module in block.modules() if isinstance(module, MoE))
     vocabulary = config.vocab_size * config.hidden_size
-    idle = sum(_idle(module) for module in model.modules() if isinstance(module, MoE))
     tables = 1 if config.tie_word_embeddings else 2
 
-    blocks = model.model.layers
-    per_layer = {name: _count(blocks[config.mixers.index(name)].mixer) for name in dict.fromkeys(config.mixers)}
-    per_layer |= {
-        name: _count(blocks[config.mlps.index(name)].mlp) for name in dict.fromkeys(config.mlps) if name != "none"
-    }
+    mixers = {name: blocks[sample.mixers.index(name)].mixer for name in dict.fromkeys(config.mixers)}
+    mlps = {name: blocks[sample.mlps.index(name)].mlp for name in dict.fromkeys(config.mlps) if name != "none"}
+    per_layer = {name: _count(module) for name, module in (mixers | mlps).items()}
     state_per_layer: dict[str, int] = {}
     conv_per_layer: dict[str, int] = {}
     state = kv_cache = mixing = 0
-    for name in dict.fromkeys(config.mixers):  # layers of one name are all the same
-        mixer, count = blocks[config.mixers.index(name)].mixer, config.mixers.count(name)
-        assert isinstance(mixer, nn.Module)
+    for name, mixer in mixers.items():
+        count = config.mixers.count(name)
         kept = state_after_one_token(mixer, config.hidden_size)
         if "recurrent" in kept:
             state_per_layer[name] = kept["recurrent"]
