@@ -87,6 +87,17 @@ def evaluate(
     with user_errors(ValueError, interrupted=f"interrupted; the same command goes on in {out}"), out_of_memory():
         if (data is None) == (tasks is None):
             raise ValueError("expected one of --data, a text, and --tasks, benchmarks")
+        of_data = {"stride": stride, "train_length": train_length, "split": split, "documents": documents}
+        of_tasks = {
+            "include_path": include_path,
+            "limit": limit,
+            "num_fewshot": num_fewshot,
+            "max_length": max_length,
+        }
+        for name, value in (of_tasks if tasks is None else of_data).items():
+            if value is not None:
+                belongs = "--tasks" if tasks is None else "--data"
+                raise ValueError(f"{name} {value}: expected with {belongs} alone")
         contexts = None if context is None else parse_contexts(context)
         if tasks is not None:
             from m2rnn.evaluation import harness

@@ -30,25 +30,30 @@ def run_folder(
 
     A run writes ``files``: names of files and folders, its own to delete.
 
+    A run that ended before it wrote anything, such as one with a mistake in its settings, leaves the folder free.
+
     `RunFolderError` if another process holds it, if it belongs to a run with other settings (``overwrite``
     deletes that run's files), if it holds something that is no run, or if it cannot be written.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        leftovers = (LOCK, SETTINGS + PARTIAL)
-        if not (path / SETTINGS).exists() and any(file.name not in leftovers for file in path.iterdir()):
+        if not (path / SETTINGS).exists() and _is_begun(path):
             raise RunFolderError(f"{path} holds files, but no run: choose a new or empty folder")
         lock = (path / LOCK).open("a")
     except OSError as error:
         raise RunFolderError(f"cannot write to {path}: {error.strerror}. Choose another folder") from error
     with lock:
         _lock_or_refuse(lock, path)
-        if (path / SETTINGS).exists() and not overwrite:
+        if _is_begun(path) and not overwrite:
             _check_settings(path, settings)
         else:
             _clear(path, files)
             write_whole_file(path / SETTINGS, to_json(settings))
         yield
+
+
+def _is_begun(path: Path) -> bool:
+    return any(file.name not in (LOCK, SETTINGS, SETTINGS + PARTIAL) for file in path.iterdir())
 
 
 def _lock_or_refuse(lock: IO[str], path: Path) -> None:
@@ -65,8 +70,10 @@ def _lock_or_refuse(lock: IO[str], path: Path) -> None:
 def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     saved = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
     wanted = json.loads(to_json(settings))
-    for name in sorted(saved.keys() | wanted.keys()):
-        there, here = json.dumps(saved.get(name)), json.dumps(wanted.get(name))
+    if saved.keys() != wanted.keys():
+        raise RunFolderError(f"{path} holds a run of another command or version of m2rnn: choose another folder")
+    for name in sorted(wanted):
+        there, here = json.dumps(saved[name]), json.dumps(wanted[name])
         if there != here:
             raise RunFolderError(
                 f"{path} holds a run with {name} = {there}, not {here}: "

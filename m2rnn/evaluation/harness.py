@@ -20,13 +20,12 @@ from urllib.parse import quote
 from m2rnn.data.run_folder import RESULTS, run_folder, to_json, write_whole_file
 from m2rnn.evaluation.language_model import (
     LanguageModel,
-    check_device,
     fingerprint,
     load_model,
     load_model_tokenizer,
     short_names,
 )
-from m2rnn.evaluation.machine import hardware, versions
+from m2rnn.evaluation.machine import check_device, hardware, versions
 from m2rnn.training.display import Display
 
 if TYPE_CHECKING:
@@ -113,7 +112,6 @@ def evaluate_tasks(
     }
     with run_folder(out, described, overwrite, (TASKS, RESULTS)):
         if not (out / RESULTS).exists():
-            (out / TASKS).mkdir(exist_ok=True)
             results: Results = {"settings": {**asdict(settings), **described}, "models": {}}
             for name, folder in zip(names, folders, strict=True):
                 display.say(f"{name}: loading the model and the tasks")
@@ -138,6 +136,7 @@ def _evaluate_model(name: str, folder: Path, settings: TaskSettings, out: Path, 
     manager, loaded = load_tasks(settings, folder)
     adapted = harness_model(model, tokenizer, settings.batch, settings.max_length)
     found: Results = {}
+    out.mkdir(exist_ok=True)
     for number, (task, content) in enumerate(loaded.items()):
         path = out / f"{quote(name, safe='')}.{quote(task, safe='')}.json"
         if not path.exists():

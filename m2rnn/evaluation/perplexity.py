@@ -25,7 +25,6 @@ from m2rnn.evaluation import text as texts
 from m2rnn.evaluation import windows as layout
 from m2rnn.evaluation.language_model import (
     LanguageModel,
-    check_device,
     check_segments,
     fingerprint,
     load_model,
@@ -33,7 +32,7 @@ from m2rnn.evaluation.language_model import (
     short_names,
     token_losses,
 )
-from m2rnn.evaluation.machine import hardware, versions
+from m2rnn.evaluation.machine import check_device, hardware, versions
 from m2rnn.evaluation.perplexity_report import PLOTS, write_plots
 from m2rnn.evaluation.text import Text
 from m2rnn.evaluation.windows import Windows
@@ -190,7 +189,6 @@ def evaluate_perplexity(
     with run_folder(out, described, overwrite, (LOSSES, RESULTS, *PLOTS)):
         if (out / RESULTS).exists():
             return _read(out)
-        (out / LOSSES).mkdir(exist_ok=True)
         results: Results = {"settings": {**settings.as_json(), **described}, "models": {}}
         for name, folder in zip(names, folders, strict=True):
             display.say(f"{name}: loading")
@@ -211,6 +209,8 @@ def _text_version(data: str, settings: PerplexitySettings) -> Any:
     """What changes when the text does."""
     if texts.is_token_folder(Path(data)):
         return read_manifest(data)["splits"]
+    if settings.split is not None:
+        raise ValueError(f"split {settings.split!r}: {data} is no folder of token files, which alone have splits")
     found = find_source(data, settings.reading)
     if not isinstance(found, Files):
         raise ValueError(f"{data}: no such file or folder")
@@ -241,6 +241,7 @@ def _evaluate_model(
         "contexts": [],
         "positions": None,
     }
+    losses_folder.mkdir(exist_ok=True)
     for each in planned:
         path = losses_folder / f"{quote(name, safe='')}.{each.name}.f32"
         losses, seconds, tokens = score(model, text, each.windows, path, settings, f"{name}, {each.name}", display)

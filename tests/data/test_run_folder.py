@@ -42,7 +42,7 @@ def test_a_second_run_is_refused_until_the_first_is_gone(tmp_path):
     [
         ({"seed": 1}, "seed = 0, not 1"),
         ({"test_lengths": [8]}, "test_lengths"),
-        ({"new": True}, "new = null, not true"),
+        ({"new": True}, "another command or version"),
     ],
 )
 def test_other_settings_are_refused_by_name(tmp_path, changed, message):
@@ -53,7 +53,17 @@ def test_other_settings_are_refused_by_name(tmp_path, changed, message):
     assert (tmp_path / "log.jsonl").read_text() == "a line"
     with run_folder(tmp_path, SETTINGS | changed, overwrite=True):
         assert not (tmp_path / "log.jsonl").exists()
+        (tmp_path / "log.jsonl").write_text("another")
     with pytest.raises(RunFolderError), run_folder(tmp_path, SETTINGS):
+        pass
+
+
+def test_a_mistake_before_anything_is_written_leaves_the_folder_free(tmp_path):
+    with suppress(ValueError), run_folder(tmp_path, SETTINGS | {"group": "a mistake"}):
+        raise ValueError
+    with run_folder(tmp_path, SETTINGS):
+        (tmp_path / "log.jsonl").write_text("a line")
+    with pytest.raises(RunFolderError), run_folder(tmp_path, SETTINGS | {"seed": 1}):
         pass
 
 

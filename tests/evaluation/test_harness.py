@@ -191,6 +191,7 @@ def test_a_group_of_tasks_is_scored_as_a_whole(tmp_path, folder, tasks):
         (["--tasks", "tiny_choice", "--data", "x"], "expected one of --data"),
         (["--tasks", "tiny_choice", "--context", "full"], "tasks need numbers"),
         (["--tasks", "tiny_choice", "--limit", "0"], "limit 0"),
+        (["--tasks", "tiny_choice", "--stride", "3"], "stride 3: expected with --data alone"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, folder, tasks, arguments, message, monkeypatch):

@@ -350,6 +350,8 @@ MISTAKES = {
     "device": (["{model}", "--data", "{data}", "--device", "abacus"], "device 'abacus'"),
     "too long": (["{model}", "--data", "{data}", "--train-length", "1000"], "no document has the 8,001 tokens"),
     "twice": (["{model}", "{model}", "--data", "{data}"], "the same model twice"),
+    "split of a file": (["{model}", "--data", "{data}", "--split", "train"], "split 'train'"),
+    "option of tasks": (["{model}", "--data", "{data}", "--limit", "3"], "limit 3: expected with --tasks alone"),
     "no tokenizer": (["{bare}", "--data", "{data}"], "has no tokenizer"),
     "vocabulary": (["{small}", "--data", "{data}"], "a vocabulary of 23 ids"),
     "other tokenizer": (["{bpe}", "--data", "{tokens}"], "is not the tokenizer that made"),
@@ -393,6 +395,8 @@ def test_a_mistake_is_one_line(tmp_path, places, mistake):
     assert done.exit_code == 2, done.output
     assert message in done.stderr.splitlines()[-1]
     assert isinstance(done.exception, SystemExit)
+    if (tmp_path / "out").exists() and mistake != "not finite":  # known once the model has run
+        assert {file.name for file in (tmp_path / "out").iterdir()} == {"lock", "settings.json"}
 
 
 def test_a_model_without_tokenizer_reads_what_prepare_made(tmp_path, places):
