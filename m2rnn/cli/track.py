@@ -115,7 +115,7 @@ def track(
                 results = track_one(settings, out, **options)
                 report, failed = table(results), {}
             else:
-                mixers = (compare or mixer).split(",")
+                mixers = [mixer] if compare is None else compare.split(",")
                 all_seeds = [seed] if seeds is None else numbers("seeds", seeds, "0,1,2,3,4")
                 results = compare_runs(settings, mixers, all_seeds, out, jobs=jobs, **options)
                 report, failed = comparison_table(results["runs"].values()), results["failed"]

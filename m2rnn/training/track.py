@@ -7,6 +7,7 @@ a run.
 
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,11 +18,12 @@ from m2rnn.data.run_folder import LOG
 from m2rnn.models import M2RNNConfig, M2RNNForCausalLM, presets
 from m2rnn.tasks.word_problem import Batch
 from m2rnn.training.checkpoint import load_checkpoint, save_checkpoint
+from m2rnn.training.configure import configure
 from m2rnn.training.curriculum import Curriculum, Progress
 from m2rnn.training.display import Display
 from m2rnn.training.interrupts import interrupts_noted
 from m2rnn.training.run_log import Log
-from m2rnn.training.track_settings import SettingsError, TrackSettings
+from m2rnn.training.track_settings import TrackSettings
 
 ADAM_BETAS = (0.9, 0.98)
 MAX_GRADIENT_NORM = 1.0
@@ -41,14 +43,8 @@ class TrainingResult:
 
 def build_config(settings: TrackSettings) -> M2RNNConfig:
     """The state-tracking preset with the settings' overrides; `SettingsError` if there is no such model."""
-    order = settings.problem().group.order
-    for name in settings.model:
-        if not hasattr(M2RNNConfig(), name):  # a Hugging Face config would take and ignore it
-            raise SettingsError(f"model {name!r}: expected a field of M2RNNConfig, such as hidden_size")
-    try:
-        return presets.state_tracking(settings.mixer, vocab_size=order, **settings.model)
-    except (TypeError, ValueError) as error:
-        raise SettingsError(f"mixer {settings.mixer!r} with {dict(settings.model)}: {error}") from error
+    preset = partial(presets.state_tracking, settings.mixer)
+    return configure(preset, settings.model, vocab_size=settings.problem().group.order)
 
 
 def build_model(settings: TrackSettings) -> M2RNNForCausalLM:

@@ -1,5 +1,6 @@
 """What determines a state-tracking run: same settings, same machine, same weights to the last bit."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -44,7 +45,7 @@ class TrackSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"{name} {value}: expected a whole number of at least 1")
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < math.inf:
             raise SettingsError(f"learning_rate {self.learning_rate}: expected a number above 0, like 5e-3")
         if not self.grow_below > 0:
             raise SettingsError(f"grow_below {self.grow_below}: expected a loss above 0, like 0.03")

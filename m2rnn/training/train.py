@@ -19,13 +19,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
-from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback, get_reporting_integration_callbacks
 
 from m2rnn.data.batches import PackedBatches, only_batch
 from m2rnn.data.run_folder import (
@@ -49,6 +50,7 @@ from m2rnn.training.checkpoint import (
     raise_everywhere,
     weights_on_first_process,
 )
+from m2rnn.training.configure import configure
 from m2rnn.training.display import Display, no_progress_bars
 from m2rnn.training.interrupts import interrupts_noted
 from m2rnn.training.monitor import NON_FINITE, Monitor
@@ -96,6 +98,7 @@ def train(
     config = build_config(settings, data)
     args = training_arguments(settings, folder)
     accumulation = settings.accumulation(args.world_size)
+    reporters = _reporters(settings)
     first = args.process_index == 0
     display = display if display is not None and first else Display()
     identity = settings.deciding() | {"tokens": tokens_hash(data)}
@@ -123,6 +126,10 @@ def train(
             size_of(config, settings.context).training_flops,
             None if peak is None else peak * args.world_size,
         )
+        if first and TENSORBOARD in settings.report_to:
+            from torch.utils.tensorboard import SummaryWriter
+
+            reporters.append(TensorBoardCallback(SummaryWriter(folder / TENSORBOARD)))
         log = stack.enter_context(Log(folder / LOG, saved["log_bytes"] if saved else 0)) if first else None
         interrupted = stack.enter_context(interrupts_noted((SIGINT, SIGTERM)))
         monitor = Monitor(
@@ -148,7 +155,7 @@ def train(
             args=args,
             train_dataset=batches,
             data_collator=only_batch,
-            callbacks=[monitor, *_writers(settings, folder, first)],
+            callbacks=[monitor, *reporters],
         )
         monitor.trainer = trainer
         trainer.remove_callback(PrinterCallback)
@@ -207,22 +214,14 @@ def build_config(settings: TrainSettings, data: TokenDataset) -> M2RNNConfig:
     Raises:
         SettingsError: if there is no such model, or it has fewer ids than the data.
     """
-    special = {
-        "vocab_size": data.vocab_size,
-        "eos_token_id": data.eos_token_id,
-        "pad_token_id": data.pad_token_id,
-        "bos_token_id": data.manifest["tokenizer"].get("bos_token_id"),
-    }
-    for name in settings.model:
-        if not hasattr(M2RNNConfig(), name):  # a Hugging Face config would take and ignore it
-            raise SettingsError(f"model.{name}: expected a field of M2RNNConfig, such as hidden_size")
-    try:
-        config = presets.get(settings.preset, **(special | settings.model))
-    except (TypeError, ValueError) as error:
-        raise SettingsError(f"preset {settings.preset!r}: {error}") from error
-    if config.vocab_size < data.vocab_size:
-        raise SettingsError(f"model.vocab_size {config.vocab_size}: {data.folder} has {data.vocab_size:,} token ids")
-    return config
+    return configure(
+        partial(presets.get, settings.preset),
+        settings.model,
+        vocab_size=data.vocab_size,
+        eos_token_id=data.eos_token_id,
+        pad_token_id=data.pad_token_id,
+        bos_token_id=data.manifest["tokenizer"].get("bos_token_id"),
+    )
 
 
 def build_model(settings: TrainSettings, config: M2RNNConfig, empty: bool = False) -> M2RNNForCausalLM:
@@ -283,7 +282,7 @@ def training_arguments(settings: TrainSettings, folder: Path) -> TrainingArgumen
         logging_steps=settings.log_every,
         logging_nan_inf_filter=False,
         save_strategy="no",  # the monitor says when
-        report_to=[name for name in settings.report_to if name != TENSORBOARD],
+        report_to=[],  # see _reporters
         disable_tqdm=True,
         seed=settings.seed,
     )
@@ -336,12 +335,13 @@ def _set_fsdp_precision(trainer: CheckpointingTrainer, settings: TrainSettings) 
     trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
 
 
-def _writers(settings: TrainSettings, folder: Path, first: bool) -> list[TrainerCallback]:
-    if TENSORBOARD not in settings.report_to or not first:
-        return []
-    from torch.utils.tensorboard import SummaryWriter
-
-    return [TensorBoardCallback(SummaryWriter(folder / TENSORBOARD))]
+def _reporters(settings: TrainSettings) -> list[TrainerCallback]:
+    """transformers' integrations that ``report_to`` names, without TensorBoard, which writes into the run's folder."""
+    names = [name for name in settings.report_to if name != TENSORBOARD]
+    try:
+        return [integration() for integration in get_reporting_integration_callbacks(names)]
+    except (ValueError, RuntimeError) as error:  # there is none of that name, or its package is not installed
+        raise SettingsError(f"report_to {settings.report_to}: {error}") from error
 
 
 def _write_model(trainer: CheckpointingTrainer, config: M2RNNConfig, data: TokenDataset, folder: Path) -> None:

@@ -109,6 +109,7 @@ class TrainSettings:
         self._check(
             "warmup_steps", 0 <= self.warmup_steps < self.steps, f"at least 0 and less than steps ({self.steps})"
         )
+        self._check("seed", 0 <= self.seed < 2**32, "a whole number of at least 0 and less than 2**32")
         self._check("valid_sequences", self.valid_sequences >= 0, "a whole number of at least 0")
         for name in ("learning_rate", "epsilon", "max_gradient_norm"):
             self._check(name, 0 < getattr(self, name) < math.inf, "a number above 0")

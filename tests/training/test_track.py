@@ -190,8 +190,13 @@ def test_building_a_model_leaves_the_random_state_alone():
         ({"test_lengths": (64, 32)}, "test_lengths '64,32'"),
         ({"test_lengths": (0, 32)}, "test_lengths '0,32'"),
         ({"mixer": "lstm"}, "mixer 'lstm'.*attention"),
-        ({"model": {"hiden_size": 8}}, "model 'hiden_size'"),
+        ({"model": {"hiden_size": 8}}, "model.hiden_size"),
         ({"model": {"mixer_options": {"m2rnn": {"value_size": 4}}}}, "value_size"),
+        ({"model": {"hidden_size": "wide"}}, "hidden_size.* expected int, got str .*'wide'"),
+        ({"model": {"hidden_size": 33}, "mixer": "attention"}, r"must divide hidden_size \(33\)"),
+        ({"model": {"num_hidden_layers": 2}}, "model.num_hidden_layers: expected a field"),
+        ({"model": {"vocab_size": 3}}, "model.vocab_size 3: expected at least 6"),
+        ({"learning_rate": float("inf")}, "learning_rate inf"),
     ],
 )
 def test_settings_that_cannot_work_are_named(change, message):

@@ -375,7 +375,11 @@ def test_options_of_the_computation_change_the_loss_little(tmp_path, data, undis
         ("steps.x=1", r"key 'steps.x': only model has parts"),
         ("preset=none", r"unknown preset 'none'"),
         ("model.hidden_sizes=3", r"model.hidden_sizes: expected a field of M2RNNConfig"),
-        ("model.vocab_size=8", r"model.vocab_size 8: .* has 256 token ids"),
+        ("model.vocab_size=8", r"model.vocab_size 8: expected at least 256, the token ids"),
+        ("model.hidden_size=wide", r"hidden_size.* expected int, got str .*'wide'"),
+        ("model.hidden_size=15", r"must divide hidden_size \(15\)"),
+        ("report_to=[tensorbord]", r"report_to \['tensorbord'\]: tensorbord is not supported, only .*tensorboard"),
+        ("seed=-1", r"seed -1: expected a whole number of at least 0"),
         ("batch_size=3", r"batch_size 3: expected a multiple of 2"),
     ],
 )
