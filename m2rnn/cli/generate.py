@@ -78,13 +78,13 @@ def generate(
         if tokenizer is None:
             raise ValueError(f"{model} has no tokenizer: save it there (save_pretrained)")
         if many is None or out is None:
-            text = prompt if prompt is not None else sys.stdin.read() if file is None else file.read_text("utf-8")
-            done, speed = generation.complete(loaded, tokenizer, text, settings, write)
+            if prompt is None:
+                prompt = sys.stdin.read() if file is None else generation.read_text(file)
+            done, speed = generation.complete(loaded, tokenizer, prompt, settings, write)
             if sys.stdout.isatty():
                 write("\n")
             tokens = done.prompt_tokens + done.new_tokens
         else:
             with Display(sys.stderr) as display:
-                speed = generation.complete_all(loaded, tokenizer, many, settings, batch, out, display.update)
-            tokens = speed.tokens // len(many)
+                tokens, speed = generation.complete_all(loaded, tokenizer, many, settings, batch, out, display.update)
         typer.echo(f"{speed.line()}\n{generation.memory_line(loaded, tokens)}", err=True)

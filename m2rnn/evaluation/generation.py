@@ -57,6 +57,7 @@ class GenerationSettings:
             ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "more than 0 and at most 1"),
             ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "0 to 1"),
+            ("seed", 0 <= self.seed < 2**32, "0 to 2**32 - 1"),
             ("repetition_penalty", self.repetition_penalty is None or self.repetition_penalty > 0, "more than 0"),
         ):
             if not fine:
@@ -143,17 +144,22 @@ def complete_all(
     batch: int,
     out: Path,
     update: Callable[[str], None] = lambda text: None,
-) -> Speed:
+) -> tuple[int, Speed]:
     """Continue many prompts and write one JSON object a line to ``out``, in their order; whole or not at all.
 
     With temperature 0 the batch does not change the completions, but for rounding. Sampled ones depend on it.
+
+    Returns:
+        The tokens of the longest sequence, prompt and completion, and the speed.
     """
     if batch < 1:
         raise ValueError(f"batch {batch}: expected at least 1")
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: expected a file to write")
     encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     model.check_length(max(map(len, encoded)) + settings.max_new_tokens)
     set_seed(settings.seed)
-    began, tokens = time.monotonic(), 0
+    began, tokens, longest = time.monotonic(), 0, 0
     partial = out.with_name(out.name + PARTIAL)
     out.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("w", encoding="utf-8") as file:
@@ -165,13 +171,14 @@ def complete_all(
                 done = Completion(prompt, _text(tokenizer, made), len(ids), len(made))
                 file.write(json.dumps(asdict(done), ensure_ascii=False) + "\n")
                 tokens += len(made)
+                longest = max(longest, len(ids) + len(made))
             seconds = time.monotonic() - began
             update(
                 f"{min(start + batch, len(prompts)):,} of {len(prompts):,} prompts, {tokens / seconds:,.0f} tokens/s"
             )
     force_to_disk(partial)
     partial.replace(out)
-    return Speed(None, time.monotonic() - began, tokens)
+    return longest, Speed(None, time.monotonic() - began, tokens)
 
 
 def _generate(
@@ -221,10 +228,20 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
     return [start]
 
 
+def read_text(path: Path) -> str:
+    """The text of a file; ``ValueError`` naming it if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: byte {error.object[error.start]:#04x} at {error.start}") from error
+
+
 def read_prompts(path: Path) -> list[str]:
     """The prompts in a file: the field ``prompt`` of JSON lines (``.jsonl``), or else one a line."""
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if path.suffix != ".jsonl":
             prompts.append(line)
         elif line.strip():

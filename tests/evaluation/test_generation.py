@@ -164,7 +164,10 @@ def test_prompts_come_from_json_lines_or_lines(tmp_path, folder):
     done = run(folder, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out.jsonl", "--max-new-tokens", 3)
     assert done.exit_code == 0, done.output
     assert done.stdout == ""
-    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["one", "two"]
+    longest = max(row["prompt_tokens"] + row["new_tokens"] for row in rows)
+    assert done.stderr.rstrip().endswith(f"bytes after {longest} tokens")
     for text in ("{}", "[", '{"prompt": 3}', ""):
         (tmp_path / "bad.jsonl").write_text(text)
         with pytest.raises(ValueError, match=r"bad\.jsonl"):
@@ -183,6 +186,7 @@ def test_prompts_come_from_json_lines_or_lines(tmp_path, folder):
         (["--file", "x"], "give one of a prompt, --file and --prompts"),
         (["--out", "x"], "--prompts and --out belong together"),
         (["--device", "abacus"], "device 'abacus'"),
+        (["--seed", "-1"], "seed -1: expected 0 to"),
     ],
 )
 def test_a_mistake_is_one_line(folder, options, message):
@@ -190,6 +194,20 @@ def test_a_mistake_is_one_line(folder, options, message):
     assert done.exit_code == 2
     assert message in done.stderr
     assert isinstance(done.exception, SystemExit)
+
+
+def test_a_file_that_cannot_be_read_or_written_is_named(tmp_path, folder):
+    (tmp_path / "prompts.txt").write_bytes(b"one \xff")
+    (tmp_path / "one.txt").write_text("one")
+    for options, message in (
+        (["--file", "absent"], "absent: No such file"),
+        (["--file", tmp_path / "prompts.txt"], "prompts.txt: not UTF-8: byte 0xff at 4"),
+        (["--prompts", tmp_path / "prompts.txt", "--out", "x"], "prompts.txt: not UTF-8"),
+        (["--prompts", tmp_path / "one.txt", "--out", tmp_path], f"{tmp_path} is a folder"),
+    ):
+        done = run(folder, *options)
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert message in done.stderr
 
 
 def test_a_model_needs_its_tokenizer(tmp_path):
