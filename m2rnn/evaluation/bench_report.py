@@ -234,6 +234,8 @@ def _layer(row: Row) -> tuple[str]:
 
 
 def _draw(panel: "Axes", section: str, kind: str, curves: Mapping[str, Rows], styles: Mapping[str, Any]) -> None:
+    from matplotlib.ticker import LogLocator
+
     column = "steps" if section == "length" else "batch"
     for name, points in curves.items():
         colour, marker = styles[name]
@@ -247,6 +249,7 @@ def _draw(panel: "Axes", section: str, kind: str, curves: Mapping[str, Rows], st
         panel.plot(places, [floors[place] for place in places], color="0.4", linestyle=":", label="M2RNN, floor")
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ticks = sorted({row[column] for points in curves.values() for row in points})
     panel.set_xticks(ticks, [_short(tick) for tick in ticks])
     panel.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")

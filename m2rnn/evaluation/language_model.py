@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import m2rnn.models  # noqa: F401 (registers M2RNN with the Auto classes)
 from m2rnn.data.tokenizers import load_tokenizer
+from m2rnn.evaluation.machine import check_device
 from m2rnn.models.loss import IGNORED, chunked_token_losses
 from m2rnn.training.display import no_progress_bars
 
@@ -102,15 +103,6 @@ def load_model_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     return load_tokenizer(folder)
-
-
-def check_device(device: str) -> None:
-    """Raise ``ValueError`` for a device that is not there."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device {device!r}: {reason}. Expected cpu, or cuda on a machine with a GPU") from error
 
 
 def fingerprint(folder: Path) -> dict[str, list[int]]:

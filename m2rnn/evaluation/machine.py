@@ -9,10 +9,21 @@ from typing import Any
 
 import torch
 
+from m2rnn.training.track_settings import SettingsError
+
 
 def default_device() -> str:
     """The GPU if there is one, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(device: str) -> None:
+    """Raise `SettingsError` for a device that is not there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise SettingsError(f"device {device!r}: {reason}. Expected cpu, or cuda on a machine with a GPU") from error
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:

@@ -119,11 +119,13 @@ def from_files(
     num_bytes = held_characters = 0
 
     def encode_held() -> None:
+        nonlocal held_characters
         for ids in encode(held):
             whole = [*([] if bos is None else [bos]), *ids, *([] if eos is None else [eos])]
             parts.append(np.array(whole, dtype))
             lengths.append(len(whole))
         held.clear()
+        held_characters = 0
 
     for piece in pieces([found], reading):
         for document in documents(piece, reading):
@@ -135,7 +137,6 @@ def from_files(
                 held_characters += len(document)
             if held_characters > ENCODE_CHARACTERS:
                 encode_held()
-                held_characters = 0
         encode_held()
         update(f"tokenising {source}: {piece.done or 0:.0%}")
     if not lengths:

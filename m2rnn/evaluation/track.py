@@ -18,7 +18,7 @@ from m2rnn.data.run_folder import (
     whole_folder,
     write_whole_file,
 )
-from m2rnn.evaluation.machine import hardware, versions
+from m2rnn.evaluation.machine import check_device, hardware, versions
 from m2rnn.evaluation.track_report import write_plot
 from m2rnn.models import M2RNNForCausalLM
 from m2rnn.tasks.word_problem import Score
@@ -64,13 +64,7 @@ def track(
 def check_can_run(settings: TrackSettings) -> None:
     """Raise `SettingsError` now for what would otherwise fail after minutes of training."""
     build_config(settings)
-    try:
-        torch.empty(0, device=settings.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise SettingsError(
-            f"device {settings.device!r}: {reason}. Expected cpu, or cuda on a machine with a GPU"
-        ) from error
+    check_device(settings.device)
     if find_spec("matplotlib") is None:
         raise SettingsError("the plot needs matplotlib: pip install 'm2rnn[plot]'")
 

@@ -36,7 +36,7 @@ class Windows:
 def sliding(ends: NDArray[np.int64], context: int, stride: int) -> Windows:
     """Windows of ``context`` tokens, one every ``stride`` tokens of a document, each scored on what is new in it.
 
-    Every prediction but a document's first ``context`` sees at least ``context - stride`` tokens. With
+    Every prediction but a document's first ``context`` sees at least ``context - stride + 1`` tokens. With
     ``stride = context`` they do not overlap; with ``context`` as long as a document, it is one window.
 
     Args:

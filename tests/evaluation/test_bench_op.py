@@ -23,7 +23,7 @@ from m2rnn.evaluation.bench_floor import (
     step_counts,
 )
 from m2rnn.evaluation.bench_measure import Effort, Stopwatch, Timing, in_turns, memory_in_child
-from m2rnn.evaluation.bench_report import COLUMNS, SETUP, empty_row, number, read_csv, table, write_plot
+from m2rnn.evaluation.bench_report import COLUMNS, SETUP, _draw, empty_row, number, read_csv, table, write_plot
 from m2rnn.training.display import Display
 
 SHAPE = "B2T6N2K4V8"
@@ -327,6 +327,16 @@ def test_a_plot_is_drawn_from_what_there_is(tmp_path):
     assert (tmp_path / "plot.png").exists()
     row = empty_row() | {"section": "length", "pass": "forward", "contender": "cuda", "size": "2 heads"}
     write_plot(tmp_path / "plot.png", [row | {"steps": 1024, "ms": 1.0}, row | {"steps": 2048, "status": "out"}])
+
+
+def test_an_axis_of_less_than_a_decade_has_several_ticks():
+    from matplotlib.figure import Figure
+
+    panel = Figure().add_subplot()
+    row = {"steps": 128, "size": "2 heads", "floor_ms": 0.3}
+    points = [row | {"batch": 1, "ms": 0.5}, row | {"batch": 8, "ms": 2.5}]
+    _draw(panel, "batch", "forward", {"cpu": points}, {"cpu": ("k", "o")})
+    assert len([tick for tick in panel.get_yticks() if 0.3 <= tick <= 2.5]) >= 3
 
 
 def test_timing_ends_after_enough_repeats_or_one_slow_call():
