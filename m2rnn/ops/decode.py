@@ -179,10 +179,8 @@ def _plain(token: Token) -> tuple[Tensor, Tensor, Tensor | None]:
             qkv = qkv + token.conv_bias.to(dtype)
     if token.silu:
         qkv = F.silu(qkv)
-    q, k, v = (
-        x.reshape(batch, count, -1)
-        for x, count in zip(qkv.split(sizes, -1), (token.q_heads, token.k_heads, token.v_heads), strict=True)
-    )
+    heads_of_qkv = (token.q_heads, token.k_heads, token.v_heads)
+    q, k, v = (x.unflatten(-1, (count, -1)) for x, count in zip(qkv.split(sizes, -1), heads_of_qkv, strict=True))
     f = torch.exp(-token.A_log.to(dtype).exp() * F.softplus(logits.to(dtype) + token.dt_bias.to(dtype)))
     y, new_state = m2rnn_step(q, k, v, f, token.weight, token.state, backend=token.backend)
     if token.D is not None:

@@ -10,7 +10,7 @@ from m2rnn.layers import M2RNN
 from m2rnn.layers.m2rnn import M2RNNState, StaticM2RNNState
 from m2rnn.layers.projection import OutputProjection, project_token
 from m2rnn.ops.cuda import compiler, step
-from m2rnn.ops.decode import FEW_ROWS, decode_step, few_rows_linear
+from m2rnn.ops.decode import FEW_ROWS, Token, decode_step, few_rows_linear
 from tests.tolerances import assert_close, relative_error
 
 needs_gpu = pytest.mark.skipif(
@@ -116,9 +116,16 @@ def clone(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_kernel_takes(arguments: dict[str, Any]) -> None:
-    counts = tuple(arguments[f"{name}_heads"] for name in "qkvg")
-    tensors = list(arguments.values())[:10]
-    assert step.why_not(*tensors, counts) is None
+    assert step.why_not(Token(**arguments, norm_eps=1e-5, backend=None)) is None
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_no_sequence_gives_none(in_place: bool) -> None:
+    arguments = problem(**CASES["no sequence"])
+    y, state, conv_state = decode_step(**arguments, in_place=in_place)
+    assert (y.shape, state.shape) == ((0, 64), (0, 4, 16, 16))
+    assert conv_state.shape == arguments["conv_state"].shape
+    assert step.why_not(Token(**arguments, norm_eps=1e-5, backend=None)) == "the tensors are on cpu"
 
 
 @needs_gpu
