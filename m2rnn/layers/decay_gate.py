@@ -56,18 +56,14 @@ class DecayGate(nn.Module):
         dt.uniform_(math.log(self.dt_range[0]), math.log(self.dt_range[1])).exp_().clamp_(min=self.dt_floor)
         dt.add_((-torch.expm1(-dt)).log_())  # the inverse of softplus
 
-    def forward(self, logits: Tensor) -> Tensor:
-        """``logits`` [..., num_heads] of any floating dtype to f, same shape, float32 (or float64 for it)."""
-        return self.log_decay(self.step_size(logits)).exp()
+    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """``logits`` [..., num_heads] of any floating dtype to log f and dt, same shape, float32 (or float64 for it).
 
-    def step_size(self, logits: Tensor) -> Tensor:
-        """``softplus(logit + dt_bias)``, which Mamba-2 calls dt and also scales its inputs with."""
+        dt is ``softplus(logit + dt_bias)``, with which Mamba-2 also scales its inputs.
+        """
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        return F.softplus(logits.to(dtype) + self.dt_bias.to(dtype))
-
-    def log_decay(self, step_size: Tensor) -> Tensor:
-        """log f, for the step sizes that ``step_size`` returns."""
-        return -self.A_log.to(step_size.dtype).exp() * step_size
+        dt = F.softplus(logits.to(dtype) + self.dt_bias.to(dtype))
+        return -self.A_log.to(dtype).exp() * dt, dt
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DecayGate":
         def keep_precision(tensor: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ class GatedDeltaNet(nn.Module):
         q = q.unflatten(-1, (self.num_heads, self.key_dim))
         k = k.unflatten(-1, (self.num_householder, self.num_heads, self.key_dim))
         v = v.unflatten(-1, (self.num_householder, self.num_heads, self.value_dim))
-        log_decay = self.decay_gate.log_decay(self.decay_gate.step_size(logits))
+        log_decay, _ = self.decay_gate(logits)
         beta = beta.to(log_decay.dtype).sigmoid().unflatten(-1, (self.num_householder, self.num_heads))
 
         y, recurrent = gated_delta_scan(

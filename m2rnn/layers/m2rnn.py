@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from m2rnn.layers.decay_gate import DecayGate
 from m2rnn.layers.initialize import initialize
 from m2rnn.layers.packing import Packing
-from m2rnn.layers.projection import OutputProjection, project_parts, project_token
+from m2rnn.layers.projection import OutputProjection, project_parts, project_token, runs_as_written
 from m2rnn.layers.short_conv import ShortConv, check_activation
 from m2rnn.ops import m2rnn_scan
 from m2rnn.ops.decode import decode_step
@@ -194,7 +194,9 @@ class M2RNN(nn.Module):
             The output, of ``hidden``'s shape and dtype, and the state after the last token of each sequence. A
             ``StaticM2RNNState`` is updated in place by a single token without gradients, and otherwise left alone.
         """
-        if state is not None and packing is None and hidden.shape[1] == 1 and not torch.is_grad_enabled():
+        one_token = state is not None and packing is None and hidden.shape[1] == 1 and not torch.is_grad_enabled()
+        if one_token and self._decodes_at_once():
+            assert state is not None
             y, state = self._decode(hidden[:, 0], state)
             return y[:, None], state if output_state else None
         qkv, logits, g = project_parts(self.in_proj, hidden, self.proj_sizes)
@@ -209,13 +211,13 @@ class M2RNN(nn.Module):
         q = q.reshape(*batch_time, self.num_q_heads, self.key_dim)
         k = k.reshape(*batch_time, self.num_k_heads, self.key_dim)
         v = v.reshape(*batch_time, self.num_v_heads, self.value_dim)
-        f = self.decay_gate(logits)
+        log_decay, _ = self.decay_gate(logits)
 
         y, recurrent = m2rnn_scan(
             q,
             k,
             v,
-            f,
+            log_decay.exp(),
             self.state_weight,
             initial_state=None if state is None else state.recurrent,
             output_final_state=output_state,
@@ -236,8 +238,13 @@ class M2RNN(nn.Module):
             y = self.norm(y.to(self.norm.weight.dtype))  # autocast leaves it to us
         final_state = None
         if recurrent is not None and output_state:
-            final_state = M2RNNState(recurrent, conv_state)
+            final_state = next_state(state, recurrent, conv_state, hidden, packing)
         return self.out_proj(y), final_state
+
+    def _decodes_at_once(self) -> bool:
+        """Whether one operator may stand for the modules between the projections: they are what this layer made."""
+        kinds = (self.conv, ShortConv), (self.decay_gate, DecayGate), (self.norm, nn.RMSNorm)
+        return all(part is None or (type(part) is kind and runs_as_written(part)) for part, kind in kinds)
 
     def _decode(self, hidden: Tensor, state: M2RNNState) -> tuple[Tensor, M2RNNState]:
         """One token ``[B, hidden_size]``: two projections, and one operator for all that is between them."""

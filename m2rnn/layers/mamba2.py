@@ -123,13 +123,13 @@ class Mamba2(nn.Module):
             xBC = F.silu(xBC)
         x, B, C = xBC.split(self.xBC_sizes, -1)
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
-        dt = self.decay_gate.step_size(logits)
+        log_decay, dt = self.decay_gate(logits)
 
         y, recurrent = gated_linear_scan(
             C[:, :, None],
             B[:, :, None],
             dt[..., None] * x,
-            self.decay_gate.log_decay(dt),
+            log_decay,
             initial_state=None if state is None else state.recurrent,
             cu_seqlens=None if packing is None else packing.cu_seqlens,
             backend=self.backend,

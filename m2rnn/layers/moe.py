@@ -89,21 +89,12 @@ class MoE(nn.Module):
         return y, Routing(logits, loss)
 
     def _run_experts(self, tokens: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        experts = self.experts
-        implementation = experts.config._experts_implementation
-        device = tokens.device.type
-        autocast = torch.is_autocast_enabled(device)
-        narrow = torch.get_autocast_dtype(device) if autocast else tokens.dtype
-        alignment = 16 // narrow.itemsize
-        no_grouped_mm = (
-            device == "cpu" or narrow.itemsize > 4 or any(n % alignment for n in experts.down_proj.shape[1:])
-        )
-        if implementation == "eager" or (implementation == "grouped_mm" and no_grouped_mm):
-            return experts.loop(tokens, chosen, weights)
-        if not autocast:
+        experts, device = self.experts, tokens.device.type
+        if not torch.is_autocast_enabled(device) or experts.takes_loop(tokens):
             y: Tensor = experts(tokens, chosen, weights)
             return y
         # Autocast does not know the products of the other implementations.
+        narrow = torch.get_autocast_dtype(device)
         parameters = {name: parameter.to(narrow) for name, parameter in experts.named_parameters()}
         y = torch.func.functional_call(experts, parameters, (tokens.to(narrow), chosen, weights))
         return y.to(tokens.dtype)
@@ -122,7 +113,7 @@ class Router(nn.Linear):
 
 
 @use_experts_implementation
-class Experts(nn.Module):
+class _Experts(nn.Module):
     """E SwiGLUs without biases, in the layout of transformers' experts interface.
 
     Args:
@@ -167,6 +158,24 @@ class Experts(nn.Module):
         y = torch.cat(outputs).index_select(0, order.argsort()).unflatten(0, chosen.shape)
         weighted: Tensor = (y * weights[..., None]).sum(1)
         return weighted.to(tokens.dtype)
+
+
+class Experts(_Experts):
+    """``_Experts``, by the loop where PyTorch has no grouped product."""
+
+    def forward(self, tokens: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        if self.takes_loop(tokens):
+            return self.loop(tokens, chosen, weights)
+        y: Tensor = super().forward(tokens, chosen, weights)
+        return y
+
+    def takes_loop(self, tokens: Tensor) -> bool:
+        """Whether that is so for these tokens, or the loop is what the configuration wants."""
+        implementation, device = self.config._experts_implementation, tokens.device.type
+        narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
+        alignment = 16 // narrow.itemsize
+        no_grouped_mm = device == "cpu" or narrow.itemsize > 4 or any(n % alignment for n in self.down_proj.shape[1:])
+        return bool(implementation == "eager" or (implementation == "grouped_mm" and no_grouped_mm))
 
 
 def load_balancing_loss(logits: Tensor, chosen: Tensor) -> Tensor:

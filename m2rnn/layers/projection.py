@@ -25,15 +25,14 @@ def project_token(linear: nn.Linear, x: Tensor) -> Tensor:
 
     Modules that are more than a linear layer (adapters, quantised or offloaded weights, hooks) are called as they are.
     """
-    weight = linear.weight
     if (
         is_plain_linear(linear)
         and x.device.type == "cuda"
         and x.shape[0] <= FEW_ROWS
-        and (weight.device, weight.dtype) == (x.device, x.dtype)
+        and (linear.weight.device, linear.weight.dtype) == (x.device, x.dtype)
         and not torch.is_autocast_enabled("cuda")
     ):
-        return few_rows_linear(x, weight)
+        return few_rows_linear(x, linear.weight)
     y: Tensor = linear(x)
     return y
 
@@ -68,7 +67,15 @@ def is_plain_linear(module: object) -> TypeGuard[nn.Linear]:
         isinstance(module, nn.Linear)
         and type(module) in (nn.Linear, OutputProjection)
         and module._parameters["bias"] is None
-        and "forward" not in vars(module)
+        and runs_as_written(module)
+    )
+
+
+def runs_as_written(module: nn.Module) -> bool:
+    """Whether calling the module runs its class's forward and nothing else: no hooks, and no other forward, which is
+    how accelerate fetches offloaded weights."""
+    return (
+        "forward" not in vars(module)
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)
     )

@@ -12,10 +12,12 @@ def test_gate_is_its_formula() -> None:
     logits = torch.randn(2, 5, 3, dtype=torch.float64)
     dt = torch.log1p(torch.exp(logits + gate.dt_bias.double()))
     expected = torch.exp(-gate.A_log.double().exp() * dt)
-    assert torch.allclose(gate(logits), expected, rtol=1e-12)
-    assert gate(logits).dtype == torch.float64
-    assert gate(logits.bfloat16()).dtype == torch.float32
-    assert gate(torch.tensor([[-1e4] * 3, [1e4] * 3])).tolist() == [[1.0] * 3, [0.0] * 3]
+    log_f, step_size = gate(logits)
+    assert torch.allclose(log_f.exp(), expected, rtol=1e-12)
+    assert torch.allclose(step_size, dt, rtol=1e-12)
+    assert log_f.dtype == step_size.dtype == torch.float64
+    assert {x.dtype for x in gate(logits.bfloat16())} == {torch.float32}
+    assert gate(torch.tensor([[-1e4] * 3, [1e4] * 3]))[0].exp().tolist() == [[1.0] * 3, [0.0] * 3]
 
 
 def test_initial_ranges() -> None:

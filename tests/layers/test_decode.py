@@ -334,3 +334,27 @@ def test_projections_that_are_more_than_a_linear_layer_are_called() -> None:
     assert torch.equal(project_token(linear, x), linear(x))
     assert len(calls) == 2
     hook.remove()
+    adapted = torch.nn.Sequential(linear, torch.nn.Tanh())  # has no weight of its own, as some quantised layers
+    assert torch.equal(project_token(adapted, x), linear(x).tanh())
+    layer, tokens = layer_and_tokens("cpu", torch.float32)
+    _, state = layer(tokens[0])
+    expected, _ = layer(tokens[1], state)
+    layer.in_proj = torch.nn.Sequential(layer.in_proj)
+    assert torch.equal(layer(tokens[1], state)[0], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["conv", "decay_gate", "norm"])
+def test_hooks_of_a_layers_parts_run_for_single_tokens_too(part: str) -> None:
+    layer, tokens = layer_and_tokens("cpu", torch.float32)
+    _, state = layer(tokens[0])
+    expected, after = layer(tokens[1], state)
+    calls = []
+    getattr(layer, part).register_forward_hook(lambda *_: calls.append(1))
+    static = state.static(9)
+    y, kept = layer(tokens[1], static)
+    assert calls == [1]
+    assert kept is static
+    assert_close(y, expected, torch.float32, "output")
+    for x, reference in zip(kept, after, strict=True):
+        assert_close(x, reference, torch.float32, "state")
