@@ -134,6 +134,12 @@ class M2RNNCache(Cache):
         super().reset()  # type: ignore[no-untyped-call]
         self.steps = 0
 
+    def check_room(self) -> None:
+        """Raise a ValueError if a static cache with states that grow has no room for one more token."""
+        full = self.static_length is not None and self.steps >= self.static_length
+        if full and any(hasattr(layer.state, "append") for layer in self.layers):
+            raise ValueError(f"a static cache of {self.static_length} tokens is full: make it with room for more")
+
     @property
     def is_croppable(self) -> bool:
         return all(layer.is_croppable for layer in self.layers)

@@ -57,6 +57,7 @@ class CapturedDecoding:
         if self._captured_for is None or self._captured_for[0] is not cache or self._captured_for[1:] != call[1:]:
             self._captured_for, self._graph, self._outputs = call, None, None
             return model(**inputs)
+        cache.check_room()
         if self._graph is None:
             self._inputs = {name: x.clone() for name, x in tensors.items()}
             steps, graph = cache.steps, torch.cuda.CUDAGraph()

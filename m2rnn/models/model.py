@@ -165,8 +165,8 @@ class M2RNNModel(M2RNNPreTrainedModel):
             attention_mask: padding mask, 0 at slots to skip, anywhere in a row: ``[B, T]``, or
                 ``[B, past + T]`` with a cache. Outputs at skipped slots are zero.
             position_ids: ``[B, T]`` or ``[1, T]``, for rotary attention; by default each sequence counts from
-                0. In one row without mask and cache, a position that does not follow the one before it starts
-                a new packed sequence.
+                0. In one row without mask and earlier tokens, a position that does not follow the one before it
+                starts a new packed sequence; in several rows it is an error.
             past_key_values: the cache of an earlier call.
             use_cache: whether to return the cache; by default if one is given, or ``config.use_cache`` when
                 not training.
@@ -197,7 +197,9 @@ class M2RNNModel(M2RNNPreTrainedModel):
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
 
-        steps = hidden.shape[1] if packing is None else packing.width
+        rows, steps = hidden.shape[:2] if packing is None else (packing.rows, packing.width)
+        if cache is not None and cache.batch_size not in (-1, rows):
+            raise ValueError(f"past_key_values holds {cache.batch_size} sequences, but the new tokens are of {rows}")
         padded = packing if packing is not None and not packing.right_padded else None
         if padded is not None:
             packing = padded.aligned
@@ -209,6 +211,8 @@ class M2RNNModel(M2RNNPreTrainedModel):
             return hidden if padded is None else padded.pad(hidden)
 
         one_token = packing is None and hidden.shape[1] == 1 and not torch.is_grad_enabled()
+        if cache is not None and one_token:
+            cache.check_room()
         hidden_states, aux_losses, router_logits = [], [], []
         for layer, block in enumerate(self.layers):
             if output_hidden_states:
@@ -248,6 +252,9 @@ def layout_of(
 ) -> Packing | None:
     """Where sequences lie in ``inputs`` [B, T, ...]; None if each row is one sequence without padding."""
     batch, steps = inputs.shape[:2]
+    if position_ids is not None and tuple(position_ids.shape) not in ((batch, steps), (1, steps)):
+        got = tuple(position_ids.shape)
+        raise ValueError(f"position_ids must be [{batch}, {steps}] or [1, {steps}], got {got}")
     if cu_seq_lens_q is not None:
         if batch != 1:
             raise ValueError(f"cu_seq_lens_q packs the sequences of one row, got a batch of {batch}")
@@ -262,8 +269,16 @@ def layout_of(
             )
         new = attention_mask[:, shape[1] - steps :]
         return None if bool(new.all()) else Packing.from_mask(new)
-    if position_ids is not None and past_key_values is None and batch == 1:
-        starts = (position_ids.diff(dim=1)[0] != 1).nonzero().squeeze(1) + 1
+    if position_ids is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):
+        jumps = position_ids.diff(dim=1) != 1
+        if batch != 1:
+            if bool(jumps.any()):
+                raise ValueError(
+                    f"position_ids start new sequences inside the rows of a batch of {batch}: pack all sequences in "
+                    "one row, or give an attention_mask if positions only jump"
+                )
+            return None
+        starts = jumps[0].nonzero().squeeze(1) + 1
         if starts.numel():
             return Packing.from_cu_seqlens(F.pad(F.pad(starts, (1, 0)), (0, 1), value=steps), steps)
     return None

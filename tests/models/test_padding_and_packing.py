@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from m2rnn.models import M2RNNForCausalLM
+from m2rnn.models import M2RNNCache, M2RNNForCausalLM
 from tests.models.small import CONFIGS, VOCAB, make
 from tests.tolerances import assert_close
 
@@ -57,16 +57,24 @@ def test_padded_rows_equal_each_sequence_alone(name: str, side: str) -> None:
     assert_same(model, hidden[mask == 1], expected)
 
 
-@pytest.mark.parametrize("how", ["cu_seq_lens_q", "position_ids", "cu_seq_lens_q beside a mask"])
+PACKINGS = ["cu_seq_lens_q", "position_ids", "position_ids and an empty cache", "cu_seq_lens_q beside a mask"]
+
+
+@pytest.mark.parametrize("how", PACKINGS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_row_equals_each_sequence_alone(name: str, how: str) -> None:
     model, rows = make(name), sequences()
     expected = torch.cat([model.model(row).last_hidden_state[0] for row in rows])
     packed = torch.cat(rows, 1)
     cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0)
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
     arguments = {
         "cu_seq_lens_q": {"cu_seq_lens_q": cu_seqlens.int(), "cu_seq_lens_k": cu_seqlens, "max_length_q": 7},
-        "position_ids": {"position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None]},
+        "position_ids": {"position_ids": positions},
+        "position_ids and an empty cache": {
+            "position_ids": positions,
+            "past_key_values": M2RNNCache(model.config.num_hidden_layers),
+        },
         "cu_seq_lens_q beside a mask": {
             "cu_seq_lens_q": cu_seqlens,
             "attention_mask": torch.zeros_like(packed),
@@ -165,3 +173,12 @@ def test_contradictory_inputs_are_refused() -> None:
             model(**arguments)
     with pytest.raises(ValueError, match="must be an M2RNNCache, got tuple"):
         model(ids, past_key_values=())
+    with pytest.raises(ValueError, match=r"position_ids must be \[2, 4\] or \[1, 4\], got \(4,\)"):
+        model(ids, position_ids=torch.arange(4))
+    for positions in ([[0, 1, 2, 3], [0, 1, 0, 1]], [[0, 1, 0, 1]]):
+        with pytest.raises(ValueError, match="start new sequences inside the rows of a batch of 2"):
+            model(ids, position_ids=torch.tensor(positions))
+    cache = model(ids[:1]).past_key_values
+    for arguments in ({"input_ids": ids}, {"input_ids": ids[:1], "cu_seq_lens_q": torch.tensor([0, 1, 4])}):
+        with pytest.raises(ValueError, match="past_key_values holds 1 sequences, but the new tokens are of 2"):
+            model(**arguments, past_key_values=cache)

@@ -123,6 +123,22 @@ def test_a_prompt_beyond_the_cache_is_an_error() -> None:
         model(prompts(1), past_key_values=static_cache(model, 3))
 
 
+@torch.no_grad()
+def test_a_token_beyond_the_cache_is_an_error_where_states_grow() -> None:
+    for name in ("rope", "hybrid", "m2rnn"):
+        model = make(name)
+        cache = static_cache(model, PROMPT + 1)
+        model(prompts(2), past_key_values=cache)
+        model(prompts(2)[:, :1], past_key_values=cache)
+        if name == "m2rnn":
+            model(prompts(2)[:, :1], past_key_values=cache)
+            continue
+        with pytest.raises(ValueError, match="a static cache of 6 tokens is full"):
+            model(prompts(2)[:, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match="a static cache of 6 tokens is full"):
+        generate(model := make("hybrid"), prompts(1), past_key_values=static_cache(model, 6))
+
+
 def test_copies_and_pickles_of_a_model_generate() -> None:
     model, ids = make(), prompts(1)
     expected = generate(model, ids, cache_implementation="static")
