@@ -1,7 +1,7 @@
 """Where the tokens of several sequences lie: side by side in one packed row, or in the rows of a grid."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -93,6 +93,11 @@ class Packing:
         """The same sequences with a right-padded grid: there, causality alone hides the padding."""
         return self if self.right_padded else Packing.from_cu_seqlens(self.cu_seqlens, self.slots.shape[0])
 
+    def to(self, device: torch.device | str | int) -> "Packing":
+        """The same on another device: accelerate calls this for the layers of a model that lies on several."""
+        moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **moved)  # type: ignore[arg-type]
+
     def pack(self, grid: Tensor) -> Tensor:
         """``[rows, width, ...]`` to ``[1, total, ...]``: the real tokens alone."""
         if self.full:
@@ -104,4 +109,4 @@ class Packing:
         if self.full:
             return packed.reshape(-1, self.width, *packed.shape[2:])
         grid = packed.new_full((self.rows * self.width, *packed.shape[2:]), value)
-        return grid.index_copy(0, self.slots, packed[0]).view(self.rows, self.width, *packed.shape[2:])
+        return grid.index_copy(0, self.slots.to(grid.device), packed[0]).view(self.rows, self.width, *packed.shape[2:])

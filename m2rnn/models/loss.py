@@ -42,27 +42,26 @@ def chunked_cross_entropy(
     def total(hidden: Tensor, labels: Tensor) -> Tensor:
         logits = head(hidden)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        return F.cross_entropy(logits, labels.to(logits.device), ignore_index=IGNORED, reduction="sum")
 
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
     weight, dtype = _fusible_weight(head), product_dtype(hidden)
     fused = weight is not None and torch.is_grad_enabled() and cross_entropy.why_not(hidden, weight, dtype) is None
     if weight is not None and fused:
         loss = cross_entropy.linear_cross_entropy(hidden, weight, labels, dtype, chunk_size)
-        return loss / _divisor(labels, num_items)
+        return loss / _divisor(labels, num_items, loss.device)
     chunk_size = max(1, LOGITS_PER_CHUNK // vocab_size) if chunk_size is None else chunk_size
     if labels.shape[0] <= chunk_size:
         loss = total(hidden, labels)
     else:
         chunks = zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True)
         loss = torch.stack([checkpoint(total, *chunk, use_reentrant=False) for chunk in chunks]).sum()
-    return loss / _divisor(labels, num_items)
+    return loss / _divisor(labels, num_items, loss.device)
 
 
-def _divisor(labels: Tensor, num_items: int | Tensor | None) -> int | Tensor:
-    if num_items is None:
-        return (labels != IGNORED).sum()
-    return num_items.to(labels.device) if isinstance(num_items, Tensor) else num_items
+def _divisor(labels: Tensor, num_items: int | Tensor | None, device: torch.device) -> int | Tensor:
+    divisor = (labels != IGNORED).sum() if num_items is None else num_items
+    return divisor.to(device) if isinstance(divisor, Tensor) else divisor
 
 
 def _fusible_weight(head: Callable[[Tensor], Tensor]) -> Tensor | None:

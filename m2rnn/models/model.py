@@ -353,9 +353,10 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
         if shift_labels is not None:
             loss = chunked_cross_entropy(hidden, shift_labels, self.lm_head, self.config.vocab_size, num_items_in_batch)
             if self.training and outputs.aux_loss is not None:
-                aux_loss = self.config.router_aux_loss_coef * outputs.aux_loss
+                aux_loss = self.config.router_aux_loss_coef * outputs.aux_loss.to(loss.device)
                 if num_items_in_batch is not None:
-                    aux_loss = aux_loss * (shift_labels != IGNORED).sum() / num_items_in_batch
+                    part = (shift_labels != IGNORED).sum().to(loss.dtype) / num_items_in_batch
+                    aux_loss = aux_loss * part.to(loss.device)
                 loss = loss + aux_loss
         if shift_labels is None or not self.training:
             if isinstance(logits_to_keep, Tensor):

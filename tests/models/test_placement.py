@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
 from m2rnn.models import M2RNNForCausalLM
 from tests.models.small import CONFIGS, VOCAB, make
@@ -29,3 +30,26 @@ def test_layers_offloaded_to_the_disk_compute_the_same(name: str, tmp_path: Path
         )
         assert torch.equal(found.sequences, expected.sequences)
         assert_close(torch.stack(found.logits), torch.stack(expected.logits), torch.float32, "output")
+
+
+@pytest.mark.parametrize("name", ["m2rnn", "hybrid", "rnn", "rope"])
+def test_what_goes_with_the_tokens_follows_them_to_another_device(name: str) -> None:
+    """The meta device stands for a second GPU: it computes nothing, but no operation mixes it with the CPU."""
+    model, ids = make(name), torch.randint(3, VOCAB, (2, 5))
+    for module in (*model.model.layers[1:], model.model.norm, model.lm_head):
+        add_hook_to_module(module.to("meta"), AlignDevicesHook("meta", skip_keys="past_key_values"))
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 1, 1]])
+    for arguments in (
+        {"input_ids": ids, "attention_mask": mask, "output_hidden_states": True},
+        {"input_ids": ids, "attention_mask": mask, "labels": ids},
+        {"input_ids": ids[:1], "cu_seq_lens_q": torch.tensor([0, 2, 5])},
+        {"input_ids": ids, "labels": ids, "num_items_in_batch": torch.tensor(9)},
+    ):
+        outputs = model(**arguments)
+        assert outputs.logits.is_meta
+        assert outputs.loss is None or outputs.loss.is_meta
+        assert not outputs.past_key_values.layers[0].state[0].is_meta
+        cached = model(
+            ids[:1, :1].expand(outputs.past_key_values.batch_size, 1), past_key_values=outputs.past_key_values
+        )
+        assert cached.logits.is_meta
