@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from m2rnn import cli
 from m2rnn.training.track_settings import TrackSettings
+from m2rnn.training.train_settings import TrainSettings
 
 ROOT = Path(__file__).parent.parent
 QUICK = [
@@ -34,6 +36,9 @@ def run(*arguments: object) -> Result:
             "track",
             ["--group", "--mixer", "--compare", "--seeds", "--jobs", "--train-length", "--patience"],
         ),
+        ("train", ["--preset", "--data", "--out", "--minutes", "--dry-run", "RECIPE.yaml", "KEY=VALUE"]),
+        ("train", ["steps=1000, warmup_steps=100", "compile=false", "report_to=[tensorboard]"]),
+        ("train", [field.name for field in fields(TrainSettings)]),
         ("convert", ["source", "destination", "--to", "--mlp-layout", "--max-shard-size", "--force", "--json"]),
         ("presets", ["[name]", "--filter", "--context", "--json"]),
         (

@@ -11,7 +11,7 @@ from m2rnn.cli.generate import generate
 from m2rnn.cli.prepare import prepare
 from m2rnn.cli.presets import presets
 from m2rnn.cli.track import track
-from m2rnn.cli.train import train
+from m2rnn.cli.train import settings_help, train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -23,13 +23,13 @@ def m2rnn() -> None:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "track": track,
-    "train": train,
     "presets": presets,
     "prepare": prepare,
     "convert": convert,
     "eval": evaluate,
     "generate": generate,
 }
+app.command("train", epilog=settings_help())(train)
 for name, command in COMMANDS.items():
     app.command(name)(command)
 app.add_typer(bench, name="bench")

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -11,6 +12,15 @@ from m2rnn.cli.errors import fail
 from m2rnn.cli.options import OverwriteRun
 from m2rnn.data.run_folder import RunFolderError
 from m2rnn.training.track_settings import SettingsError
+from m2rnn.training.train_settings import described, load_settings
+
+
+def settings_help() -> str:
+    """What `m2rnn train --help` says of the settings; ``\\b`` keeps the lines as they are."""
+    lines = ["\b", "Settings of RECIPE.yaml and KEY=VALUE, with defaults:"]
+    for settings, text in described():
+        lines += [f"  {settings}", *textwrap.wrap(text, 78, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+    return "\n".join(lines)
 
 
 def train(
@@ -36,7 +46,7 @@ def train(
 
     Writes log.jsonl, TensorBoard files and, at the end, results.json, loss.png and model/ for from_pretrained.
     Interrupted by Ctrl-C, killed, or out of disk, the same command goes on from the last checkpoint, also on another
-    number of processes. docs/training.md lists the settings; a dot reaches into the model, as in
+    number of processes. The settings are listed below; a dot reaches into the model, as in
     model.mixer_options.m2rnn.num_heads=8.
 
     Examples:
@@ -48,7 +58,6 @@ def train(
     torchrun --nproc-per-node 8 -m m2rnn train recipes/7b.yaml --data data/corpus --out runs/7b
     """
     from m2rnn.data.sources import DataError
-    from m2rnn.training.train_settings import load_settings
 
     process = int(os.environ.get("RANK", "0"))
     is_first = process == 0

@@ -1,6 +1,8 @@
 """The settings of ``m2rnn train``: a recipe's YAML and ``key=value`` on the command line, checked."""
 
+import inspect
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -10,7 +12,7 @@ import yaml
 
 from m2rnn.training.track_settings import SettingsError
 
-__all__ = ["FREE", "SettingsError", "TrainSettings", "load_settings"]
+__all__ = ["FREE", "SettingsError", "TrainSettings", "described", "load_settings"]
 
 PRECISIONS = ("auto", "bfloat16", "float32")
 # What a run may change when it goes on: these settings decide how the steps are computed, not which they are.
@@ -144,6 +146,24 @@ class TrainSettings:
                 f"({self.micro_batch_size}) times the number of processes ({processes})"
             )
         return self.batch_size // at_once
+
+
+def described() -> list[tuple[str, str]]:
+    """The settings as ``name=default``, related ones with commas between, and what `TrainSettings` says of them."""
+    defaults = {
+        each.name: each.default if each.default_factory is MISSING else each.default_factory()
+        for each in fields(TrainSettings)
+    }
+
+    def shown(name: str) -> str:
+        default = defaults[name]
+        text = str(default).lower() if isinstance(default, bool) else str(default).replace("'", "")
+        return name if default is MISSING else f"{name}={text}"
+
+    attributes = (inspect.getdoc(TrainSettings) or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+    entries = re.split(r"\n(?=    \w)", attributes)
+    pairs = (" ".join(entry.replace("``", "").split()).split(": ", 1) for entry in entries)
+    return [(", ".join(map(shown, names.split(", "))), text) for names, text in pairs]
 
 
 def load_settings(
