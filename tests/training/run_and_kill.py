@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from m2rnn.evaluation.track import track
@@ -42,29 +43,27 @@ def kill_at_file_operation(number: int, folder: Path) -> None:
     sys.addaudithook(hook)
 
 
-def run_child(folder: Path, kill_at: int | None) -> int:
+def run_child(run: Callable[[], object], folder: Path, kill_at: int | None) -> int:
     """The exit status of a run in a child process: 0, or minus the signal that killed it."""
     child = os.fork()
     if child == 0:
         if kill_at is not None:
             kill_at_file_operation(kill_at, folder)
-        track(SETTINGS, folder, checkpoint_every=3)
+        run()
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    dice = random.Random(int(sys.argv[2])) if len(sys.argv) > 2 else None
+def until_done(run: Callable[[], object], folder: Path, seed: str | None, operations: int) -> None:
+    """Kill each child at a random one of its first ``operations``, or none without a seed; print how many were."""
+    dice = random.Random(int(seed)) if seed is not None else None
     kills = 0
-    while True:
-        status = run_child(folder, dice.randint(1, 45) if dice else None)
-        if status == 0:
-            break
+    while status := run_child(run, folder, dice.randint(1, operations) if dice else None):
         assert status == -signal.SIGKILL, status
         kills += 1
     sys.stdout.write(f"{kills}\n")
 
 
 if __name__ == "__main__":
-    main()
+    folder, seed = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None
+    until_done(lambda: track(SETTINGS, folder, checkpoint_every=3), folder, seed, operations=45)

@@ -6,9 +6,6 @@
 The children are forked, so that torch is imported once.
 """
 
-import os
-import random
-import signal
 import sys
 from pathlib import Path
 
@@ -16,7 +13,7 @@ import tensorboard  # noqa: F401 (before the fork: it takes seconds)
 
 from m2rnn.training.train import train
 from m2rnn.training.train_settings import load_settings
-from tests.training.run_and_kill import kill_at_file_operation
+from tests.training.run_and_kill import until_done
 
 SETTINGS = (
     "preset=tiny-hybrid-m2rnn",
@@ -36,29 +33,6 @@ SETTINGS = (
 )
 
 
-def run_child(folder: Path, data: str, kill_at: int | None) -> int:
-    """The exit status of a run in a child process: 0, or minus the signal that killed it."""
-    child = os.fork()
-    if child == 0:
-        if kill_at is not None:
-            kill_at_file_operation(kill_at, folder)
-        train(load_settings(None, SETTINGS, {"data": data}), folder)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def main() -> None:
-    folder, data = Path(sys.argv[1]), sys.argv[2]
-    dice = random.Random(int(sys.argv[3])) if len(sys.argv) > 3 else None
-    kills = 0
-    while True:
-        status = run_child(folder, data, dice.randint(1, 60) if dice else None)
-        if status == 0:
-            break
-        assert status == -signal.SIGKILL, status
-        kills += 1
-    sys.stdout.write(f"{kills}\n")
-
-
 if __name__ == "__main__":
-    main()
+    folder, data, seed = Path(sys.argv[1]), sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else None
+    until_done(lambda: train(load_settings(None, SETTINGS, {"data": data}), folder), folder, seed, operations=60)
