@@ -10,15 +10,16 @@ of the bandwidth of a copy within the GPU's memory, measured in the same run.
 """
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from m2rnn.evaluation.csv_table import write_csv
 from m2rnn.evaluation.machine import hardware, versions
 from m2rnn.layers import M2RNN
 from m2rnn.layers.projection import project_token
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, action="append", help="sequences (default: 1, 4, 16, 64 and 256)")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--models", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--csv", default="decode.csv")
+    parser.add_argument("--csv", type=Path, default=Path("decode.csv"))
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this benchmark needs a GPU")
@@ -57,12 +58,8 @@ def main() -> None:
         print("\nwhole models, by generate(): tokens per second of all sequences")
         show(models, ["batch", "what", "eager", "graph", "ratio", "microseconds"])
         rows += models
-    with open(arguments.csv, "w", newline="", encoding="utf-8") as file:
-        rows = [row | {"dtype": arguments.dtype, "copy_bandwidth": bandwidth} | machine for row in rows]
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
+    settings = {"dtype": arguments.dtype, "copy_bandwidth": bandwidth}
+    write_csv(arguments.csv, [row | settings | machine for row in rows])
 
 
 def show(rows: list[dict[str, Any]], names: list[str]) -> None:

@@ -12,9 +12,7 @@ the tokens to come. The memory is the largest in use while the graph runs (witho
 """
 
 import argparse
-import csv
 import gc
-import io
 import statistics
 import time
 from collections.abc import Callable
@@ -23,7 +21,7 @@ from typing import Any
 
 import torch
 
-from m2rnn.data.run_folder import write_whole_file
+from m2rnn.evaluation.csv_table import write_csv
 from m2rnn.evaluation.machine import default_device, hardware, versions
 from m2rnn.layers.attention import AttentionState
 from m2rnn.models import M2RNNForCausalLM, presets
@@ -67,11 +65,7 @@ def main() -> None:
             row = {"model": name, "context": context, **measure(model, context, arguments)}
             print("  ".join(shown(row[column]).rjust(len(column)) for column in COLUMNS), flush=True)
             rows.append(row | {"batch": arguments.batch, "dtype": arguments.dtype} | machine)
-            file = io.StringIO()
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            write_whole_file(arguments.csv, file.getvalue().encode())
+            write_csv(arguments.csv, rows)
         del model
         free(arguments.device)
 

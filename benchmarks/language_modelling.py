@@ -17,12 +17,11 @@ for each model.
 """
 
 import argparse
-import csv
 import gc
-import io
 import json
 import sys
 from contextlib import nullcontext
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,10 @@ import torch
 from m2rnn.data.prepare import Settings, prepare
 from m2rnn.data.run_folder import LOG, MODEL, RunFolderError, to_json, write_whole_file
 from m2rnn.data.token_files import MANIFEST, TokenDataset
+from m2rnn.evaluation.csv_table import write_csv
 from m2rnn.evaluation.machine import default_device, hardware, versions
 from m2rnn.evaluation.perplexity import PerplexitySettings, evaluate_perplexity
+from m2rnn.evaluation.plot import STYLES, save_figure
 from m2rnn.models import M2RNNConfig, presets
 from m2rnn.models.sizes import size_of
 from m2rnn.training.display import Display
@@ -306,20 +307,11 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole_file(path, file.getvalue().encode())
-
-
 def write_plots(
     out: Path, results: list[dict[str, Any]], curves: dict[tuple[str, int], list[tuple[int, float]]]
 ) -> None:
-    colours = ["#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#000000", "#CC79A7", "#F0E442"]
-    names = list(dict.fromkeys(row["model"] for row in results))
-    colour = {name: colours[number % len(colours)] for number, name in enumerate(names)}
+    names = dict.fromkeys(row["model"] for row in results)
+    colour = {name: colour for name, (colour, _) in zip(names, cycle(STYLES), strict=False)}
     training = [(name, [tokens / 1e6 for tokens, _ in points], [loss for _, loss in points])
                 for (name, _), points in curves.items() if points]  # fmt: skip
     plot(out / "loss.png", training, colour, "million tokens", "training loss (nats per token)")
@@ -355,9 +347,7 @@ def plot(
     axes.grid(alpha=0.3)
     if named:
         axes.legend(fontsize=8)
-    content = io.BytesIO()
-    figure.savefig(content, dpi=150, format="png")
-    write_whole_file(path, content.getvalue())
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ matrix as the heads of the first shape have together, and with its input's proje
 """
 
 import argparse
-import csv
-import io
 import sys
 import time
 from collections.abc import Callable
@@ -57,14 +55,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
 
     sys.path.insert(0, PROJECT)
-    from m2rnn.data.run_folder import write_whole_file
+    from m2rnn.evaluation.csv_table import write_csv
     from m2rnn.evaluation.machine import hardware, versions
 
     machine = hardware("cpu") | versions(("torch", "numba"))
     print(" · ".join(f"{name} {value}" for name, value in machine.items()))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["recurrence", "B", "T", "heads", "V", "backend", "ms", *machine])
-    writer.writeheader()
+    rows = []
     for shape in SHAPES:
         backends = ["cpu", "reference", *(["nn.GRU"] if shape == SHAPES[0] else [])]
         steps = {backend: training_step(*shape, backend) for backend in backends}
@@ -78,8 +74,8 @@ def main() -> None:
         print("{} B {} T {}, {} heads of {}:".format(*shape).ljust(36), times, flush=True)
         for backend, ms in best.items():
             row = dict(zip(("recurrence", "B", "T", "heads", "V"), shape, strict=True))
-            writer.writerow({**row, "backend": backend, "ms": f"{ms:.4g}", **machine})
-    write_whole_file(options.csv, text.getvalue().encode())
+            rows.append({**row, "backend": backend, "ms": f"{ms:.4g}", **machine})
+    write_csv(options.csv, rows)
     print(f"\nwrote {options.csv}")
 
 

@@ -11,17 +11,15 @@ against float64. `--constant` sets a constant of `m2rnn/ops/short_conv_triton.py
 """
 
 import argparse
-import csv
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from m2rnn.data.run_folder import write_whole_file
 from m2rnn.evaluation.bench_floor import current_gpu
 from m2rnn.evaluation.bench_measure import Stopwatch, Timing
+from m2rnn.evaluation.csv_table import write_csv
 from m2rnn.evaluation.machine import hardware, versions
 from m2rnn.layers import Packing, ShortConv, short_conv
 
@@ -70,11 +68,7 @@ def main() -> None:
             print("  ".join(x.rjust(len(column)) for x, column in zip(shown, COLUMNS, strict=True)), flush=True)
             shape = {name: getattr(options, name) for name in ("batch", "steps", "channels", "projection")}
             rows.append({**row, **shape, "constants": " ".join(options.constant), **machine})
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole_file(options.csv, file.getvalue().encode())
+    write_csv(options.csv, rows)
     print(f"\nwrote {options.csv}")
 
 

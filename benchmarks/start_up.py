@@ -8,8 +8,6 @@ GPU the first call begins when the GPU runs: what PyTorch itself needs to start 
 """
 
 import argparse
-import csv
-import io
 import json
 import os
 import statistics
@@ -76,7 +74,7 @@ def main() -> None:
         parser.error("--repeats and --threads are at least 1")
 
     sys.path.insert(0, PROJECT)
-    from m2rnn.data.run_folder import write_whole_file
+    from m2rnn.evaluation.csv_table import write_csv
     from m2rnn.evaluation.machine import hardware, versions
 
     device = "cpu" if options.backend == "cpu" else "cuda"
@@ -84,13 +82,9 @@ def main() -> None:
     machine |= versions(("torch", "numba", "triton", "cuda-core"))
     print(" · ".join(f"{name} {value}" for name, value in machine.items()))
     seconds = start_up(options.backend, options.threads, options.repeats)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["what", "seconds", *machine])
-    writer.writeheader()
     for what, value in seconds.items():
         print(f"{what:38} {value:7.3f} s")
-        writer.writerow({"what": what, "seconds": f"{value:.4g}", **machine})
-    write_whole_file(options.csv, text.getvalue().encode())
+    write_csv(options.csv, [{"what": what, "seconds": f"{x:.4g}", **machine} for what, x in seconds.items()])
     print(f"\nwrote {options.csv}")
 
 

@@ -7,8 +7,6 @@ Prints a table and writes state_tracking_ablation.csv. Each run trains as ``m2rn
 """
 
 import argparse
-import csv
-import io
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -19,7 +17,8 @@ from typing import Any
 
 import torch
 
-from m2rnn.data.run_folder import write_whole_file
+from m2rnn.evaluation.csv_table import write_csv
+from m2rnn.evaluation.machine import hardware, versions
 from m2rnn.evaluation.track import score_model
 from m2rnn.training.track import train
 from m2rnn.training.track_settings import TrackSettings
@@ -88,6 +87,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=Path("state_tracking_ablation.csv"))
     options = parser.parse_args()
     variants = [name for name in VARIANTS if name in options.variants.split(";")]
+    machine = hardware("cpu") | versions(("m2rnn", "torch", "numba"))
     results: list[dict[str, Any]] = []
     seeds = [int(seed) for seed in options.seeds.split(",")]
     for row in rows(seeds, options.jobs, options.steps, options.minutes, variants):
@@ -95,11 +95,7 @@ def main() -> None:
         accuracy = f"{row['last_quarter_128']:.1%} at 128, {row['last_quarter_512']:.1%} at 512"
         reached = f"length {row['length']} after {row['steps']} steps"
         print(f"{row['variant']}, seed {row['seed']}: {reached}, {accuracy}", flush=True)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, FIELDS)
-        writer.writeheader()
-        writer.writerows(results)
-        write_whole_file(options.csv, text.getvalue().encode())
+        write_csv(options.csv, [row | machine for row in results])
     print(table(results, variants))
 
 

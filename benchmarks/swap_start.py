@@ -8,8 +8,6 @@ measures the loss on files it has not seen. A few minutes on one CPU thread:
 
 import argparse
 import copy
-import csv
-import io
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -21,7 +19,7 @@ from torch import Tensor
 from transformers import BambaConfig, BambaForCausalLM, PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 import m2rnn
-from m2rnn.data.run_folder import write_whole_file
+from m2rnn.evaluation.csv_table import write_csv
 from m2rnn.evaluation.machine import hardware, versions
 
 R, A = "linear_attention", "full_attention"
@@ -125,11 +123,7 @@ def main() -> None:
                 print(f"{layer:<7}{size:<16}{start:<23}{jump:+.4f}{seconds:>17.1f}", flush=True)
                 found = {"layer": layer, "sizes": size, "start": start, "jump": jump, "seconds": seconds}
                 rows.append(columns | found | machine)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole_file(arguments.csv, text.getvalue().encode())
+    write_csv(arguments.csv, rows)
     print(f"\nwrote {arguments.csv}")
 
 

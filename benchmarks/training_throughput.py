@@ -13,9 +13,7 @@ what is computed again.
 """
 
 import argparse
-import csv
 import gc
-import io
 import statistics
 import time
 import warnings
@@ -26,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from m2rnn.data.run_folder import write_whole_file
+from m2rnn.evaluation.csv_table import write_csv
 from m2rnn.evaluation.machine import default_device, hardware, versions
 from m2rnn.models import M2RNNConfig, M2RNNForCausalLM, presets
 from m2rnn.models.sizes import size_of
@@ -197,14 +195,6 @@ def show(rows: list[dict[str, Any]], names: list[str]) -> None:
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
     for line, failure in zip(cells, [None, *(row["failure"] for row in rows)], strict=True):
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)), failure or "")
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole_file(path, file.getvalue().encode())
 
 
 if __name__ == "__main__":

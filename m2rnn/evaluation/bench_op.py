@@ -31,7 +31,8 @@ from m2rnn.evaluation.bench_measure import (
     memory_in_child,
     warm_up,
 )
-from m2rnn.evaluation.bench_report import CSV, JSON, PLOT, STEPS, Row, Rows, empty_row, read_csv, write_csv, write_plot
+from m2rnn.evaluation.bench_report import COLUMNS, CSV, JSON, PLOT, STEPS, Row, Rows, empty_row, read_csv, write_plot
+from m2rnn.evaluation.csv_table import write_csv
 from m2rnn.evaluation.machine import hardware, versions
 from m2rnn.ops import m2rnn_step
 from m2rnn.training.display import Display
@@ -147,7 +148,7 @@ class Bench:
         mine = {key(row): row for row in self.rows} | new
         others = [row for row in self.all_rows if any(row[name] != value for name, value in self.setup.items())]
         self.all_rows = [*others, *mine.values()]
-        write_csv(self.folder / CSV, self.all_rows)
+        write_csv(self.folder / CSV, self.all_rows, list(COLUMNS))
 
     def _stop_sweep_after(self, row: Row) -> None:
         """A sweep ends for a contender where it fails or gets slow."""

@@ -1,13 +1,11 @@
 """The results of ``m2rnn bench op``: CSV, table and plot."""
 
 import csv
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from m2rnn.data.run_folder import write_whole_file
 from m2rnn.evaluation.bench_contenders import BACKENDS, PASSES
 from m2rnn.evaluation.plot import STYLES, save_figure
 from m2rnn.training.track_settings import SettingsError
@@ -83,15 +81,6 @@ def _parse(row: Mapping[str, str]) -> Row:
     return {name: kind(row[name]) if row[name] or kind is str else None for name, kind in COLUMNS.items()}
 
 
-def write_csv(path: Path, rows: Iterable[Row]) -> None:
-    """Whole or not at all: a reader never sees half a table."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(COLUMNS), restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole_file(path, text.getvalue().encode())
-
-
 def table(rows: Sequence[Row]) -> str:
     """Shapes, decode steps and the ends of the sweeps, in Markdown, and why what is missing is."""
     if not rows:
@@ -103,7 +92,7 @@ def table(rows: Sequence[Row]) -> str:
             "Triton 3.6, not in this run"
         )
     reasons = dict.fromkeys(f"{row['contender']}: {row['status']}" for row in rows if row["status"])
-    return "\n".join(part for part in (*parts, *reasons) if part).replace("\n\n\n", "\n\n")
+    return "\n".join(part for part in (*parts, *reasons) if part).replace("\n\n\n", "\n\n").rstrip()
 
 
 def _machine(rows: Sequence[Row]) -> str:
