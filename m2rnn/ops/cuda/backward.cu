@@ -52,10 +52,10 @@ struct alignas(64) Kept {  // of 8 steps; warps a multiple of 64 bytes apart mee
 #define BUFFERS (AHEAD ? 3 : 1)  // of inputs: on their way, computing states, walking back
 
 struct Inputs {  // of a chunk
-    char q[tile_bytes<CHUNK, ROWS>()];
-    char k[tile_bytes<CHUNK, ROWS>()];
-    char v[SLOTS][tile_bytes<CHUNK, V>()];
-    char dy[SLOTS][tile_bytes<CHUNK, V>()];
+    char q[tile_bytes<ROWS>()];
+    char k[tile_bytes<ROWS>()];
+    char v[SLOTS][tile_bytes<V>()];
+    char dy[SLOTS][tile_bytes<V>()];
     float f[SLOTS][CHUNK];
     alignas(16) saved_t state[SLOTS][WARPS][16][V];  // before it
 };
@@ -156,8 +156,53 @@ __device__ __forceinline__ void load_packed(Packed& packed, const Registers (&fr
     }
 }
 
-// What f is outside of a sequence, so that the carry stays as it is.
-__device__ const float one = 1.f;
+// Of steps [first, first + CHUNK) of a tensor those in [begin, end) to a tile, by COUNT threads; the rest is zero. `data`
+// points at channel 0 of step `first`.
+template <int COLUMNS>
+__device__ __forceinline__ void stage_some(
+    char* tile, const input_t* data, i64 stride, i64 first, i64 begin, i64 end, int columns, u32 i
+) {
+    constexpr int width = PARTS == 1 ? 8 : 2, pieces = COLUMNS / width;
+    const int low = (int)(begin > first ? begin - first : 0);
+    const int high = (int)(end - first < CHUNK ? end - first : CHUNK);
+    const int step = i / pieces, column = i % pieces * width;  // i is unsigned: shifts, not divisions
+    const bool valid = step >= low && step < high && column < columns;
+    stage_piece<COLUMNS>(tile, valid ? data + (step * stride + column) : data, valid, step, column);
+}
+template <int COLUMNS, int COUNT>
+__device__ __forceinline__ void stage(
+    char* tile, const input_t* data, i64 stride, i64 first, i64 begin, i64 end, int columns, u32 thread
+) {
+    constexpr int total = CHUNK * COLUMNS / (PARTS == 1 ? 8 : 2);
+#pragma unroll
+    for (int j = 0; j < (total + COUNT - 1) / COUNT; j++) {
+        const u32 i = thread + j * COUNT;
+        if (total % COUNT != 0 && i >= total) break;
+        stage_some<COLUMNS>(tile, data, stride, first, begin, end, columns, i);
+    }
+}
+// Of two tensors, which the threads share if one does not keep all busy.
+template <int COLUMNS, int COUNT>
+__device__ __forceinline__ void stage_two(
+    char* tile, char* other_tile, const input_t* data, const input_t* other_data, i64 stride, i64 other_stride,
+    i64 first, i64 begin, i64 end, int columns, u32 thread
+) {
+    constexpr int total = CHUNK * COLUMNS / (PARTS == 1 ? 8 : 2);
+    if constexpr (total % COUNT == 0) {
+        stage<COLUMNS, COUNT>(tile, data, stride, first, begin, end, columns, thread);
+        stage<COLUMNS, COUNT>(other_tile, other_data, other_stride, first, begin, end, columns, thread);
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < (2 * total + COUNT - 1) / COUNT; j++) {
+        const u32 i = thread + j * COUNT;
+        if (2 * total % COUNT != 0 && i >= 2 * total) break;
+        const bool other = i >= total;
+        stage_some<COLUMNS>(
+            other ? other_tile : tile, other ? other_data : data, other ? other_stride : stride, first, begin, end,
+            columns, other ? i - total : i);
+    }
+}
 
 __device__ __forceinline__ void load_staged(float (&h)[NT][4], const saved_t (&state)[16][V], int lane) {
     for_pairs(lane, [&](int n, int i, int row, int column) {
@@ -423,10 +468,10 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
         auto stage_chunk = [&](i64 first, int buffer) {
             Inputs& in = shared.inputs[buffer];
             const u32 thread = forgotten(threadIdx.x), slot_thread = forgotten(own_slot_thread), lane = thread % 32;
-            stage_two<CHUNK, ROWS, ALL_THREADS>(
+            stage_two<ROWS, ALL_THREADS>(
                 in.q, in.k, place.q + first * p.q.time, place.k + first * p.k.time, p.q.time, p.k.time,
                 first, begin, end, p.key_dim, thread);
-            stage_two<CHUNK, V, SLOT_THREADS>(
+            stage_two<V, SLOT_THREADS>(
                 in.v[slot], in.dy[slot], place.v + first * p.v.time, place.dy + first * p.dy.time, p.v.time, p.dy.time,
                 first, begin, end, V, slot_thread);
             if (slot_thread < CHUNK) {
@@ -472,13 +517,13 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
 #pragma unroll UNROLLED
                 for (int step = 0; step < 8; step++) {
                     Outer key_value;
-                    load_outer<CHUNK>(key_value, k_tile, v_tile, octet, step, row, zeros, lane);
+                    load_outer(key_value, k_tile, v_tile, octet, step, row, zeros, lane);
                     const float f = in.f[slot][octet + step];
                     if (step % 2 == 0)
                         store_packed(kept[octet / 8 * SLOTS * WARPS].pairs[step / 2].states, packed, lane);
                     float z[NT][4];
                     clear(z);
-                    add_outer<CHUNK>(z, key_value, octet + step, row, in.k, in.v[slot], lane);
+                    add_outer(z, key_value, octet + step, row, in.k, in.v[slot], lane);
                     update(z, packed, weight);
                     blend(h, z, f);
                     pack(packed, h);
@@ -501,12 +546,12 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
                 if (octet + 8 <= low(first) || octet >= high(first)) continue;
                 Kept& octet_kept = kept[octet / 8 * SLOTS * WARPS];
                 Octet operands;
-                load_rows<CHUNK>(operands.keys, k_tile, octet, row, lane);
-                load_columns<CHUNK>(operands.values, v_tile, octet, lane);
-                load_columns<CHUNK>(operands.dys, dy_tile, octet, lane);
+                load_rows(operands.keys, k_tile, octet, row, lane);
+                load_columns(operands.values, v_tile, octet, lane);
+                load_columns(operands.dys, dy_tile, octet, lane);
 #if BOUNDED
                 RowSteps queries;
-                load_rows<CHUNK>(queries, q_tile, octet, row, lane);
+                load_rows(queries, q_tile, octet, row, lane);
                 const bool clamp_idle =
                     within_limit(d.carry, queries, operands.dys, in.f[slot][octet + lane % 8], place.growth, p.clip);
 #else
@@ -519,7 +564,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
                         // Steps before the sequence leave the carry as it is: not clamped either
                         clamp(d.carry, octet + step >= low(first) ? p.clip : __uint_as_float(0x7f800000u));
 #endif
-                    add_outer<CHUNK>(d.carry, query_dy, octet + step, row, in.q, in.dy[slot], lane);
+                    add_outer(d.carry, query_dy, octet + step, row, in.q, in.dy[slot], lane);
                 };
 #pragma unroll UNROLLED
                 for (int step = 6; step >= 0; step -= 2) {
@@ -529,8 +574,8 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
                     Outer key_value[2], query_dy[2];
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        load_outer<CHUNK>(key_value[i], k_tile, v_tile, octet, step + i, row, zeros, lane);
-                        load_outer<CHUNK>(query_dy[i], q_tile, dy_tile, octet, step + i, row, zeros, lane);
+                        load_outer(key_value[i], k_tile, v_tile, octet, step + i, row, zeros, lane);
+                        load_outer(query_dy[i], q_tile, dy_tile, octet, step + i, row, zeros, lane);
                     }
                     const float2 f = *(const float2*)&in.f[slot][octet + step];
                     __syncwarp();  // every lane has read its states, the gradients can take their place
@@ -539,7 +584,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
                     float h0[NT][4], h1[NT][4], z0[NT][4], z1[NT][4];
                     unpack(h0, before);
                     clear(z0);
-                    add_outer<CHUNK>(z0, key_value[0], octet + step, row, in.k, in.v[slot], lane);
+                    add_outer(z0, key_value[0], octet + step, row, in.k, in.v[slot], lane);
                     update(z0, before, weight);
 #pragma unroll
                     for (int n = 0; n < NT; n++)
@@ -547,7 +592,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
                         for (int i = 0; i < 4; i++) h1[n][i] = fmaf(f.x, h0[n][i] - z0[n][i], z0[n][i]);
                     pack(between, h1);
                     clear(z1);
-                    add_outer<CHUNK>(z1, key_value[1], octet + step + 1, row, in.k, in.v[slot], lane);
+                    add_outer(z1, key_value[1], octet + step + 1, row, in.k, in.v[slot], lane);
                     update(z1, between, weight);
                     add_output_gradient(query_dy[1], step + 1);
                     step_back(d, dv[1], pair, operands, f.y, step + 1, h1, between, z1, next, transposed_weight, lane);

@@ -253,23 +253,20 @@ struct Outer {
     u32 part[PARTS][(2 + NT + 3) / 4 * 4];
 };
 
-template <int LENGTH>
 __device__ __forceinline__ u32 tile_row(u32 tile, int part, int columns, int step, int column) {
-    return tile + 2 * ((part * LENGTH + step) * (columns + PAD) + column);
+    return tile + 2 * ((part * CHUNK + step) * (columns + PAD) + column);
 }
-template <int LENGTH>
 __device__ __forceinline__ void load_rows(RowSteps& x, u32 tile, int step, int row, int lane) {
 #pragma unroll
     for (int p = 0; p < PARTS; p++)
-        ldmatrix2(x.part[p][0], x.part[p][1], tile_row<LENGTH>(tile, p, ROWS, step + lane % 8, row + lane / 8 % 2 * 8));
+        ldmatrix2(x.part[p][0], x.part[p][1], tile_row(tile, p, ROWS, step + lane % 8, row + lane / 8 % 2 * 8));
 }
-template <int LENGTH>
 __device__ __forceinline__ void load_columns(ColumnSteps& x, u32 tile, int step, int lane) {
 #pragma unroll
     for (int p = 0; p < PARTS; p++)
 #pragma unroll
         for (int n = 0; n < NT; n += 2) {
-            const u32 address = tile_row<LENGTH>(tile, p, V, step + lane % 8, 8 * n + (V == 8 ? 0 : lane / 8 % 2 * 8));
+            const u32 address = tile_row(tile, p, V, step + lane % 8, 8 * n + (V == 8 ? 0 : lane / 8 % 2 * 8));
 #if V == 8
             ldmatrix1(x.part[p][n], address);
 #else
@@ -279,7 +276,6 @@ __device__ __forceinline__ void load_columns(ColumnSteps& x, u32 tile, int step,
 }
 
 // The other steps are read from 16 bytes of `zeros`, in both operands, since 0 · NaN is not 0.
-template <int LENGTH>
 __device__ __forceinline__ void load_outer(
     Outer& x, u32 row_tile, u32 column_tile, int octet, int step, int row, u32 zeros, int lane
 ) {
@@ -291,8 +287,8 @@ __device__ __forceinline__ void load_outer(
         for (int i = 0; i < matrices; i += 4) {
             const int matrix = i + lane / 8;
             const u32 here = matrix < 2
-                ? tile_row<LENGTH>(row_tile, p, ROWS, octet + lane % 8, row + 8 * matrix)
-                : tile_row<LENGTH>(column_tile, p, V, octet + lane % 8, 8 * ((matrix - 2) % NT));
+                ? tile_row(row_tile, p, ROWS, octet + lane % 8, row + 8 * matrix)
+                : tile_row(column_tile, p, V, octet + lane % 8, 8 * ((matrix - 2) % NT));
             const u32 address = lane % 8 == step ? here : zeros;
             if (matrices - i > 2)
                 ldmatrix4_transposed(x.part[p] + i, address);
@@ -303,29 +299,27 @@ __device__ __forceinline__ void load_outer(
 }
 
 // A number of a staged tile.
-template <int LENGTH>
 __device__ __forceinline__ float tile_value(const char* tile, int columns, int step, int column) {
     float sum = 0.f;
 #pragma unroll
     for (int p = PARTS - 1; p >= 0; p--)
-        sum += __uint_as_float((u32)((const u16*)tile)[(p * LENGTH + step) * (columns + PAD) + column] << 16);
+        sum += __uint_as_float((u32)((const u16*)tile)[(p * CHUNK + step) * (columns + PAD) + column] << 16);
     return sum;
 }
 
 // x += r cᵀ. In three parts a product that overflows would be inf - inf, so float32 takes the
 // numbers themselves, of step `time` of the staged tiles.
-template <int LENGTH>
 __device__ __forceinline__ void add_outer(
     float (&x)[NT][4], const Outer& outer, int time, int row, const char* row_tile, const char* column_tile, int lane
 ) {
 #if PARTS == 3
-    const float upper = tile_value<LENGTH>(row_tile, ROWS, time, row + lane / 4);
-    const float lower = tile_value<LENGTH>(row_tile, ROWS, time, row + lane / 4 + 8);
+    const float upper = tile_value(row_tile, ROWS, time, row + lane / 4);
+    const float lower = tile_value(row_tile, ROWS, time, row + lane / 4 + 8);
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const float column = tile_value<LENGTH>(column_tile, V, time, 8 * n + 2 * (lane % 4) + i);
+            const float column = tile_value(column_tile, V, time, 8 * n + 2 * (lane % 4) + i);
             x[n][i] = fmaf(upper, column, x[n][i]);
             x[n][i + 2] = fmaf(lower, column, x[n][i + 2]);
         }
@@ -368,6 +362,8 @@ __device__ __forceinline__ void add_product(float (&y)[4], const Packed& a, cons
 
 // -------------------------------------------------------------------------------------------------- staging
 
+__device__ const float one = 1.f;  // f outside of a sequence
+
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 template <int BYTES>
@@ -384,70 +380,23 @@ __device__ __forceinline__ void copy(void* to, const void* from, bool valid) {
 __device__ __forceinline__ void copies_issued() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
-// Piece i of rows [first, first + LENGTH) of a tensor, of which [begin, end) are read and the rest are zero, to a tile
-// [PARTS][LENGTH][COLUMNS + PAD] of bfloat16. `data` points at channel 0 of step `first`.
-template <int LENGTH, int COLUMNS>
-__device__ __forceinline__ void stage_piece(
-    char* tile, const input_t* data, i64 stride, i64 first, i64 begin, i64 end, int columns, u32 i
-) {
-    constexpr int width = PARTS == 1 ? 8 : 2, pieces = COLUMNS / width;
-    const int low = (int)(begin > first ? begin - first : 0);
-    const int high = (int)(end - first < LENGTH ? end - first : LENGTH);
-    const int row = i / pieces, column = i % pieces * width;  // i is unsigned: shifts, not divisions
-    const bool valid = row >= low && row < high && column < columns;
-    const input_t* from = valid ? data + (row * stride + column) : data;
+// A piece of a tensor's step, 16 bytes of bfloat16 or two numbers, to its place in a tile [PARTS][CHUNK][COLUMNS + PAD] of
+// bfloat16; zeros if it is not valid.
+template <int COLUMNS>
+__device__ __forceinline__ void stage_piece(char* tile, const input_t* from, bool valid, u32 step, u32 column) {
 #if PARTS == 1
-    copy<16>(tile + 2 * (row * (COLUMNS + PAD) + column), from, valid);
+    copy<16>(tile + 2 * (step * (COLUMNS + PAD) + column), from, valid);
 #else
     u32 parts[PARTS];
     split(valid ? load_as_float(from, 0) : 0.f, valid ? load_as_float(from, 1) : 0.f, parts);
 #pragma unroll
-    for (int p = 0; p < PARTS; p++) *(u32*)(tile + 2 * ((p * LENGTH + row) * (COLUMNS + PAD) + column)) = parts[p];
+    for (int p = 0; p < PARTS; p++) *(u32*)(tile + 2 * ((p * CHUNK + step) * (COLUMNS + PAD) + column)) = parts[p];
 #endif
 }
-template <int LENGTH, int COLUMNS>
-__device__ constexpr int pieces() {
-    return LENGTH * COLUMNS / (PARTS == 1 ? 8 : 2);
-}
 
-// All pieces, by COUNT threads; and those of two tensors, which the threads share if one does not keep all busy.
-template <int LENGTH, int COLUMNS, int COUNT>
-__device__ __forceinline__ void stage(
-    char* tile, const input_t* data, i64 stride, i64 first, i64 begin, i64 end, int columns, u32 thread
-) {
-    constexpr int total = pieces<LENGTH, COLUMNS>();
-#pragma unroll
-    for (int j = 0; j < (total + COUNT - 1) / COUNT; j++) {
-        const u32 i = thread + j * COUNT;
-        if (total % COUNT != 0 && i >= total) break;
-        stage_piece<LENGTH, COLUMNS>(tile, data, stride, first, begin, end, columns, i);
-    }
-}
-template <int LENGTH, int COLUMNS, int COUNT>
-__device__ __forceinline__ void stage_two(
-    char* tile, char* other_tile, const input_t* data, const input_t* other_data, i64 stride, i64 other_stride,
-    i64 first, i64 begin, i64 end, int columns, u32 thread
-) {
-    constexpr int one = pieces<LENGTH, COLUMNS>();
-    if constexpr (one % COUNT == 0) {
-        stage<LENGTH, COLUMNS, COUNT>(tile, data, stride, first, begin, end, columns, thread);
-        stage<LENGTH, COLUMNS, COUNT>(other_tile, other_data, other_stride, first, begin, end, columns, thread);
-        return;
-    }
-#pragma unroll
-    for (int j = 0; j < (2 * one + COUNT - 1) / COUNT; j++) {
-        const u32 i = thread + j * COUNT;
-        if (2 * one % COUNT != 0 && i >= 2 * one) break;
-        const bool other = i >= one;
-        stage_piece<LENGTH, COLUMNS>(
-            other ? other_tile : tile, other ? other_data : data, other ? other_stride : stride, first, begin, end,
-            columns, other ? i - one : i);
-    }
-}
-
-template <int LENGTH, int COLUMNS>
+template <int COLUMNS>
 __device__ constexpr int tile_bytes() {
-    return PARTS * LENGTH * (COLUMNS + PAD) * 2;
+    return PARTS * CHUNK * (COLUMNS + PAD) * 2;
 }
 
 // --------------------------------------------------------------------------------------------------- slices

@@ -1,6 +1,5 @@
-// The forward pass: y, the final state and a state every CHUNK steps.
+// The forward pass: y, the final state and a state every CHUNK steps. A block is one head (SLOTS is 1).
 
-#define STAGE 32  // steps in shared memory at a time, while the next are on their way
 #define Y_ROW (V + 4)  // padded, so that the lanes of a warp meet different banks
 
 struct Forward {
@@ -11,41 +10,65 @@ struct Forward {
     saved_t* saved;        // [B, (steps - 1) / CHUNK, heads, key_dim, V] or null
     void* y;               // [B, steps, heads, V]
     const i64* offsets;    // [sequences + 1] of packed sequences, or null
-    u32* finished;         // [sequences · groups of heads], slices done; null if there is one slice
+    u32* finished;         // [sequences · heads], slices done; null if there is one slice
     i64 steps, slice;      // the slice's length is a multiple of CHUNK
     int heads, key_dim, weight_repeat, sequences;
 };
 
-struct ForwardShared {
-    char q[2][tile_bytes<STAGE, ROWS>()];
-    char k[2][tile_bytes<STAGE, ROWS>()];
-    char v[2][SLOTS][tile_bytes<STAGE, V>()];
-    float f[2][SLOTS][STAGE];
-    float y[2][SLOTS][WARPS][STAGE][Y_ROW];
+struct ForwardShared {  // two chunks: while one is worked on, the next is on its way
+    char q[2][tile_bytes<ROWS>()];
+    char k[2][tile_bytes<ROWS>()];
+    char v[2][tile_bytes<V>()];
+    float f[2][CHUNK];
+    float y[2][WARPS][CHUNK][Y_ROW];
     float zeros[4];
 };
 static_assert(sizeof(ForwardShared) == SHARED_BYTES, "the launcher counts otherwise");
 
+// A thread's share of the copies of one tensor, a chunk after the other. Its pieces of a tile lie below one another.
+template <int COLUMNS>
+struct Copies {
+    static constexpr u32 width = PARTS == 1 ? 8 : 2, across = COLUMNS / width, down = THREADS / across;
+    const input_t* data;  // the tensor
+    const input_t* from;  // this thread's first piece of the next chunk
+    i64 stride;           // from step to step
+    bool inside;          // whether the tensor has these columns
+
+    __device__ __forceinline__ Copies(const Strided& x, i64 batch, int head, int columns, i64 first) {
+        const u32 row = threadIdx.x / across, column = threadIdx.x % across * width;
+        data = (const input_t*)x.data;
+        stride = x.time;
+        inside = column < columns;
+        from = data + batch * x.batch + head / x.repeat * x.head + (first + row) * stride;
+        if (inside) from += column;
+    }
+    // Of the chunk's steps those in [low, high), all of them if it is WHOLE; the rest is zero.
+    template <bool WHOLE>
+    __device__ __forceinline__ void chunk(char* tile, int low, int high) {
+        const u32 row = threadIdx.x / across, column = threadIdx.x % across * width;
+#pragma unroll
+        for (int j = 0; j < (CHUNK + down - 1) / down; j++) {
+            const int step = row + j * down;
+            if (CHUNK % down != 0 && step >= CHUNK) break;
+            const bool valid = inside && (WHOLE || (step >= low && step < high));
+            stage_piece<COLUMNS>(tile, WHOLE || valid ? from + j * (down * stride) : data, valid, step, column);
+        }
+        from += CHUNK * stride;
+    }
+};
+
 extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_forward(const Forward p) {
     extern __shared__ __align__(16) char memory[];
     ForwardShared& shared = *(ForwardShared*)memory;
-    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32 % WARPS, slot = thread / 32 / WARPS;
-    const u32 groups = p.heads / SLOTS;
-    const u32 unit = blockIdx.x % (groups * p.sequences), slice = blockIdx.x / (groups * p.sequences);
-    const int first_head = unit % groups * SLOTS, head = first_head + slot;
-    const i64 sequence = unit / groups, batch = p.offsets ? 0 : sequence;
+    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    const u32 unit = blockIdx.x % (p.heads * p.sequences), slice = blockIdx.x / (p.heads * p.sequences);
+    const int head = unit % p.heads, row = 16 * warp;
+    const i64 sequence = unit / p.heads, batch = p.offsets ? 0 : sequence;
     const i64 begin = p.offsets ? p.offsets[sequence] : 0, end = p.offsets ? p.offsets[sequence + 1] : p.steps;
     const i64 from = slice * p.slice > begin ? slice * p.slice : begin;  // the slice's part of the sequence
     const i64 to = (slice + 1) * p.slice < end ? (slice + 1) * p.slice : end;
-    const int row = 16 * warp;
-    const int slot_thread = thread % (32 * WARPS);
     const u32 zeros = shared_address(shared.zeros);
     if (thread < 4) shared.zeros[thread] = 0.f;
-
-    const input_t* q = (const input_t*)p.q.data + batch * p.q.batch + first_head / p.q.repeat * p.q.head;
-    const input_t* k = (const input_t*)p.k.data + batch * p.k.batch + first_head / p.k.repeat * p.k.head;
-    const input_t* v = (const input_t*)p.v.data + batch * p.v.batch + head / p.v.repeat * p.v.head;
-    const i64 f_offset = batch * p.f.batch + head / p.f.repeat * p.f.head;
 
     const i64 state_offset = (sequence * p.heads + head) * p.key_dim * V;
     u32* finished = p.finished ? p.finished + unit : nullptr;
@@ -58,60 +81,81 @@ extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_forward(const Forwar
     Matrix weight;
     load_matrix(weight, p.weight + head / p.weight_repeat * V * V, false, lane);
 
-    const i64 y_offset = (batch * p.steps * p.heads + head) * V;
-    float next_f = 1.f;
-    auto stage_inputs = [&](i64 first, int buffer) {
-        stage<STAGE, ROWS, THREADS>(shared.q[buffer], q + first * p.q.time, p.q.time, first, begin, end, p.key_dim, thread);
-        stage<STAGE, ROWS, THREADS>(shared.k[buffer], k + first * p.k.time, p.k.time, first, begin, end, p.key_dim, thread);
-        stage<STAGE, V, 32 * WARPS>(shared.v[buffer][slot], v + first * p.v.time, p.v.time, first, begin, end, V, slot_thread);
+    // The slice's chunks, and which steps of the first and of the last one are in the sequence
+    const i64 first_chunk = from / CHUNK * CHUNK;
+    const u32 chunks = from < to ? (to - first_chunk + CHUNK - 1) / CHUNK : 0;
+    const int first_low = (int)(from - first_chunk), last_high = (int)(to - first_chunk - (chunks - 1) * (i64)CHUNK);
+    auto low = [&](u32 chunk) { return chunk == 0 ? first_low : 0; };
+    auto high = [&](u32 chunk) { return chunk + 1 == chunks ? last_high : CHUNK; };
+
+    // Places in tensors move from chunk to chunk: an addition is less than to compute them again
+    Copies<ROWS> q(p.q, batch, head, p.key_dim, first_chunk), k(p.k, batch, head, p.key_dim, first_chunk);
+    Copies<V> v(p.v, batch, head, V, first_chunk);
+    const float* f = (const float*)p.f.data + batch * p.f.batch + head / p.f.repeat * p.f.head;
+    f += (first_chunk + thread) * p.f.time;
+    auto stage_inputs = [&](u32 chunk, int buffer) {
+        const int valid_from = low(chunk), valid_to = high(chunk);
+        if (valid_from == 0 && valid_to == CHUNK) {
+            q.template chunk<true>(shared.q[buffer], 0, CHUNK);
+            k.template chunk<true>(shared.k[buffer], 0, CHUNK);
+            v.template chunk<true>(shared.v[buffer], 0, CHUNK);
+        } else {
+            q.template chunk<false>(shared.q[buffer], valid_from, valid_to);
+            k.template chunk<false>(shared.k[buffer], valid_from, valid_to);
+            v.template chunk<false>(shared.v[buffer], valid_from, valid_to);
+        }
+        if (thread < CHUNK)  // f = 1 outside of the sequence leaves the state as it is
+            copy<4>(&shared.f[buffer][thread], thread >= valid_from && thread < valid_to ? f : &one, true);
+        f += CHUNK * p.f.time;
         copies_issued();
-        // f = 1 outside of the sequence leaves the state as it is
-        next_f = 1.f;
-        if (slot_thread < STAGE && first + slot_thread >= begin && first + slot_thread < end)
-            next_f = ((const float*)p.f.data)[f_offset + (first + slot_thread) * p.f.time];
-    };
-    auto inputs_arrived = [&](int buffer) {
-        if (slot_thread < STAGE) shared.f[buffer][slot][slot_thread] = next_f;
-        copies_done();
-        __syncthreads();
     };
 
-    const i64 aligned = from / STAGE * STAGE;
-    if (from < to) {
-        stage_inputs(aligned, 0);
-        inputs_arrived(0);
+    const u32 chunk_states = p.heads * p.key_dim * V;
+    saved_t* saved = p.saved;  // where this chunk's first state goes
+    if (saved) {
+        const i64 index = batch * ((p.steps - 1) / CHUNK) + first_chunk / CHUNK - 1;
+        saved += index * chunk_states + (i64)head * p.key_dim * V;
     }
+    constexpr int y_down = THREADS / (V / 2);  // steps from one pair of y that a thread writes to its next
+    const int y_step = thread / (V / 2), y_column = thread % (V / 2) * 2, y_stride = p.heads * V;
+    input_t* y_out = (input_t*)p.y + ((batch * p.steps + first_chunk + y_step) * y_stride + head * V + y_column);
+
+    if (chunks) {
+        stage_inputs(0, 0);
+        copies_done();
+    }
+    __syncthreads();
     int buffer = 0;
-    for (i64 first = from < to ? aligned : to; first < to; first += STAGE, buffer ^= 1) {
-        if (first + STAGE < to) stage_inputs(first + STAGE, buffer ^ 1);
-        if (p.saved && first > begin && first % CHUNK == 0) {
-            const i64 index = batch * ((p.steps - 1) / CHUNK) + first / CHUNK - 1;
-            save_state(h, p.saved + (index * p.heads + head) * p.key_dim * V, row, p.key_dim, lane);
+    for (u32 chunk = 0; chunk < chunks; chunk++, buffer ^= 1) {
+        if (chunk + 1 < chunks) stage_inputs(chunk + 1, buffer ^ 1);
+        if (saved) {
+            if (chunk > 0 || from > begin) save_state(h, saved, row, p.key_dim, lane);
+            saved += chunk_states;
         }
-        const char *k_tile = shared.k[buffer], *v_tile = shared.v[buffer][slot];
+        const char *k_tile = shared.k[buffer], *v_tile = shared.v[buffer];
 #pragma unroll 1
-        for (int octet = 0; octet < STAGE; octet += 8) {
-            if (first + octet + 8 <= begin || first + octet >= end) continue;
+        for (int octet = 0; octet < CHUNK; octet += 8) {
+            if (octet + 8 <= low(chunk) || octet >= high(chunk)) continue;
             RowSteps queries;
-            load_rows<STAGE>(queries, shared_address(shared.q[buffer]), octet, row, lane);
+            load_rows(queries, shared_address(shared.q[buffer]), octet, row, lane);
             alignas(16) float gates[8];
-            *(float4*)gates = *(const float4*)&shared.f[buffer][slot][octet];
-            *(float4*)(gates + 4) = *(const float4*)&shared.f[buffer][slot][octet + 4];
+            *(float4*)gates = *(const float4*)&shared.f[buffer][octet];
+            *(float4*)(gates + 4) = *(const float4*)&shared.f[buffer][octet + 4];
 
             float y[KS][4] = {};
             float z[NT][4];  // k vᵀ of the next step, computed ahead, then Z
             Outer outer;
-            load_outer<STAGE>(outer, shared_address(k_tile), shared_address(v_tile), octet, 0, row, zeros, lane);
+            load_outer(outer, shared_address(k_tile), shared_address(v_tile), octet, 0, row, zeros, lane);
             clear(z);
-            add_outer<STAGE>(z, outer, octet, row, k_tile, v_tile, lane);
+            add_outer(z, outer, octet, row, k_tile, v_tile, lane);
 #pragma unroll UNROLLED
             for (int step = 0; step < 8; step++) {
                 float sums[KS][4] = {};
                 if (step < 7)
-                    load_outer<STAGE>(outer, shared_address(k_tile), shared_address(v_tile), octet, step + 1, row, zeros, lane);
+                    load_outer(outer, shared_address(k_tile), shared_address(v_tile), octet, step + 1, row, zeros, lane);
                 float ahead[NT][4];
                 clear(ahead);
-                if (step < 7) add_outer<STAGE>(ahead, outer, octet + step + 1, row, k_tile, v_tile, lane);
+                if (step < 7) add_outer(ahead, outer, octet + step + 1, row, k_tile, v_tile, lane);
                 update(z, packed, weight);
                 blend(h, z, gates[step]);
                 pack(packed, h);
@@ -130,24 +174,25 @@ extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_forward(const Forwar
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const int column = 16 * tile + lane / 4 + i / 2 * 8, step = octet + 2 * (lane % 4) + i % 2;
-                    if (column < V) shared.y[buffer][slot][warp][step][column] = y[tile][i];
+                    if (column < V) shared.y[buffer][warp][step][column] = y[tile][i];
                 }
         }
-        inputs_arrived(buffer ^ 1);
-        const int low = (int)(begin - first), high = end - first < STAGE ? (int)(end - first) : STAGE;
+        copies_done();
+        __syncthreads();
 #pragma unroll
-        for (int j = 0; j < (STAGE * V / 2 + 32 * WARPS - 1) / (32 * WARPS); j++) {
-            const int i = slot_thread + j * 32 * WARPS, step = i / (V / 2), column = i % (V / 2) * 2;
-            if (step < low || step >= high) continue;
-            float2 sum = make_float2(0.f, 0.f);
+        for (int j = 0; j < (CHUNK + y_down - 1) / y_down; j++) {
+            const int step = y_step + j * y_down;
+            if (step < low(chunk) || step >= high(chunk)) continue;
+            float2 sum = *(const float2*)&shared.y[buffer][0][step][y_column];
 #pragma unroll
-            for (int w = 0; w < WARPS; w++) {
-                const float2 part = *(const float2*)&shared.y[buffer][slot][w][step][column];
+            for (int w = 1; w < WARPS; w++) {
+                const float2 part = *(const float2*)&shared.y[buffer][w][step][y_column];
                 sum.x += part.x;
                 sum.y += part.y;
             }
-            store_pair(p.y, y_offset + (first + step) * (p.heads * V) + column, sum.x, sum.y);
+            store_pair(y_out + j * (i64)(y_down * y_stride), 0, sum.x, sum.y);
         }
+        y_out += CHUNK * (i64)y_stride;
     }
     if (from < to || slice == 0)  // an empty sequence ends as it starts
         store_state(h, p.final + state_offset, row, p.key_dim, lane);

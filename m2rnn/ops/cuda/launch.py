@@ -18,7 +18,6 @@ from m2rnn.ops.cuda.driver import Kernel
 from m2rnn.ops.shapes import CUDA_CHUNK as CHUNK
 from m2rnn.ops.shapes import cuda_parts, cuda_width, head_count, output_dtype
 
-STAGE = 32  # steps in shared memory at a time in the forward pass, as in forward.cu
 PAD = 8  # as in common.cuh
 FORWARD_SLICE, BACKWARD_SLICE = 256, 512  # steps of the shortest slice of time, long against a block's start
 PARTIAL_BYTES = 64 << 20  # for sums of dq and dk over groups of heads
@@ -97,23 +96,22 @@ class _Variant:
     def rows(self) -> int:
         return 16 * self.warps
 
-    def tile_bytes(self, length: int, columns: int) -> int:
-        return self.parts * length * (columns + PAD) * 2
+    def tile_bytes(self, columns: int) -> int:
+        return self.parts * CHUNK * (columns + PAD) * 2
 
     def shared_bytes(self, source: str) -> int:
         """The size of ForwardShared or BackwardShared, which the sources check."""
         if source == "forward":
-            rows = 2 * self.tile_bytes(STAGE, self.rows)
-            columns = self.tile_bytes(STAGE, self.value_dim) + 4 * STAGE
-            sums = self.warps * STAGE * (self.value_dim + 4) * 4
-            return 2 * (rows + self.slots * (columns + sums)) + 16
+            inputs = 2 * self.tile_bytes(self.rows) + self.tile_bytes(self.value_dim) + 4 * CHUNK
+            sums = self.warps * CHUNK * (self.value_dim + 4) * 4
+            return 2 * (inputs + sums) + 16
         registers, operands = 2 if self.value_dim == 8 else 4, -(-self.value_dim // 16)
         states = self.parts * operands * 32 * 4 * registers
         gradients = 2 * 8 * (2 + operands) * 8
         pair = _multiple(max(states, gradients), 4 * registers)
         kept = (1 + self.ahead) * self.warps * (CHUNK // 8 * _multiple(4 * pair + 4 * 8, 64) + states)
-        rows = 2 * self.tile_bytes(CHUNK, self.rows)
-        columns = 2 * self.tile_bytes(CHUNK, self.value_dim) + 4 * CHUNK
+        rows = 2 * self.tile_bytes(self.rows)
+        columns = 2 * self.tile_bytes(self.value_dim) + 4 * CHUNK
         saved = self.warps * 16 * self.value_dim * (2 if self.parts == 1 else 4)
         inputs = (3 if self.ahead else 1) * (rows + self.slots * (columns + saved))
         place = 10 * 8
