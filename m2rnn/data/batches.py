@@ -36,7 +36,7 @@ from torch.utils.data import Dataset
 
 from m2rnn.data.permutation import mixed_key, permuted
 from m2rnn.data.sources import DataError
-from m2rnn.data.token_files import TokenDataset
+from m2rnn.data.token_files import MEND, TokenDataset
 
 IGNORED = -100
 
@@ -166,5 +166,5 @@ def _check_ids(ids: NDArray[Any], start: int, data: TokenDataset) -> None:
         place = start + int(np.argmax(ids >= data.vocab_size))
         raise DataError(
             f"{data.tokens_path} is damaged: token {place:,} is {int(ids[place - start])}, not below "
-            f"{data.vocab_size}: copy or prepare the folder again"
+            f"{data.vocab_size}: {MEND}"
         )

@@ -8,7 +8,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,13 +22,14 @@ from m2rnn.data.token_files import (
     MANIFEST,
     SPLITS,
     TOKENIZER,
+    TokenDataset,
     documents_name,
     file_hash,
     read_manifest,
     tokens_name,
 )
 from m2rnn.data.token_writer import PROGRESS, Progress, TokenWriter
-from m2rnn.data.tokenizers import byte_tokenizer, load_tokenizer, tokenizer_hash, train_bpe
+from m2rnn.data.tokenizers import byte_tokenizer, load_tokenizer, save_tokenizer, tokenizer_hash, train_bpe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,19 +120,22 @@ def prepare(
     if processes is not None and processes < 1:
         raise DataError(f"processes {processes}: expected at least 1")
     sources: Sources = {
-        split: [find_source(name, settings.reading) for name in settings.sources.get(split, ())]
+        split: [_without(folder, find_source(name, settings.reading)) for name in settings.sources.get(split, ())]
         for split in settings.splits
     }
     versions = {split: [_version(source) for source in found] for split, found in sources.items()}
     with run_folder(folder, {**asdict(settings), "versions": versions}, overwrite, FILES):
         if (folder / MANIFEST).exists():
             (folder / PROGRESS).unlink(missing_ok=True)  # killed just before the end
-            return read_manifest(folder)
+            manifest = read_manifest(folder)
+            for split in manifest["splits"]:
+                TokenDataset(folder, split)  # or says what is missing
+            return manifest
         if not (folder / TOKENIZER).exists():
             say(f"tokenizer: {settings.tokenizer}")
             tokenizer = _make_tokenizer(settings, sources["train"], on_error, update)
             with whole_folder(folder / TOKENIZER) as unfinished:
-                tokenizer.save_pretrained(unfinished)
+                save_tokenizer(tokenizer, unfinished)
         described = _describe_tokenizer(settings, folder / TOKENIZER)
         encoding = _encoding(settings, folder / TOKENIZER, described)
         with TokenWriter(folder, settings.splits, encoding.dtype) as writer:
@@ -164,6 +168,14 @@ def table(manifest: Mapping[str, Any]) -> str:
         lines.append(f"{manifest['rejected']:,} that cannot be read left out:")
         lines += [f"  {reason}" for reason in shown] + ([f"  and {more:,} more, see {MANIFEST}"] if more else [])
     return "\n".join(lines)
+
+
+def _without(folder: Path, source: Files | HubDataset) -> Files | HubDataset:
+    """The source less what is written, which may lie in it."""
+    if isinstance(source, HubDataset):
+        return source
+    written = os.path.join(os.path.abspath(folder), "")
+    return replace(source, paths=[path for path in source.paths if not os.path.abspath(path).startswith(written)])
 
 
 def _version(source: Files | HubDataset) -> dict[str, Any]:

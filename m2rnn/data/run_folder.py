@@ -68,7 +68,7 @@ def _lock_or_refuse(lock: IO[str], path: Path) -> None:
 
 
 def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    saved = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
+    saved = read_json(path / SETTINGS)
     wanted = json.loads(to_json(settings))
     if saved.keys() != wanted.keys():
         raise RunFolderError(f"{path} holds a run of another command or version of m2rnn: choose another folder")
@@ -89,6 +89,17 @@ def _clear(path: Path, files: Iterable[str]) -> None:
                 shutil.rmtree(file)
             else:
                 file.unlink(missing_ok=True)
+
+
+def read_json(path: Path, mend: str = "bring it back, or overwrite the folder to start anew") -> dict[str, Any]:
+    """What ``to_json`` made of the file; `RunFolderError`, which ends with ``mend``, if it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds {type(content).__name__}")
+    except ValueError as error:
+        raise RunFolderError(f"{path} is damaged ({error}): {mend}") from None
+    return content
 
 
 def to_json(content: Mapping[str, Any]) -> bytes:

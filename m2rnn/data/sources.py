@@ -104,8 +104,8 @@ def find_source(source: str, reading: Reading) -> Files | HubDataset:
     if path.is_dir():
         return Files(source, _files_below(path, reading.glob))
     if WILDCARDS & set(source):
-        base = Path(path.anchor or ".")
-        return Files(source, _files_below(base, str(path.relative_to(base)) if path.anchor else source))
+        fixed = next(number for number, part in enumerate(path.parts) if WILDCARDS & set(part))
+        return Files(source, _files_below(Path(*path.parts[:fixed]), str(Path(*path.parts[fixed:]))))
     if HUB_NAME.fullmatch(source) and not any(_format_of(path)):
         return HubDataset(source)
     raise DataError(f"{source}: no such file or folder, and no dataset of the Hub, which is OWNER/NAME")

@@ -27,6 +27,7 @@ FORMAT = "m2rnn tokens 1"
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
 SPLITS = ("train", "valid", "test")
 ENDS = np.dtype("<i8")
+MEND = "copy the folder again, or prepare it anew (--overwrite)"
 
 
 def tokens_name(split: str) -> str:
@@ -57,9 +58,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     except NotADirectoryError:
         raise DataError(f"{folder} is a file: give the folder that m2rnn prepare made") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}): prepare the folder again") from None
+        raise DataError(f"{path} is damaged ({error}): {MEND}") from None
     if found != FORMAT:
-        raise DataError(f"{path} has the format {found!r}, not {FORMAT!r}: prepare the folder again")
+        raise DataError(f"{path} has the format {found!r}, not {FORMAT!r}: prepare the folder anew (--overwrite)")
     assert isinstance(manifest, dict)
     return manifest
 
@@ -139,7 +140,11 @@ class TokenDataset:
             progress(f"reading {path}")
             if file_hash(path) != described[name]:
                 raise self._damaged(path)
-        if tokenizer_hash(self.folder / TOKENIZER) != self.tokenizer_hash:
+        try:
+            found = tokenizer_hash(self.folder / TOKENIZER)
+        except (OSError, DataError) as error:
+            raise self._damaged(self.folder / TOKENIZER) from error
+        if found != self.tokenizer_hash:
             raise self._damaged(self.folder / TOKENIZER)
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -166,12 +171,10 @@ class TokenDataset:
         try:
             size = path.stat().st_size
             if size != expected:
-                raise DataError(
-                    f"{path} has {size:,} bytes, not {expected:,} as in {MANIFEST}: copy or prepare the folder again"
-                )
+                raise DataError(f"{path} has {size:,} bytes, not {expected:,} as in {MANIFEST}: {MEND}")
             return np.memmap(path, dtype, mode="r")
         except OSError as error:
-            raise DataError(f"{path}: {error.strerror}: copy or prepare the folder again") from None
+            raise DataError(f"{path}: {error.strerror}: {MEND}") from None
 
     def _damaged(self, path: Path) -> DataError:
-        return DataError(f"{path} is not what m2rnn prepare wrote: copy or prepare the folder again")
+        return DataError(f"{path} is not what m2rnn prepare wrote: {MEND}")

@@ -1,6 +1,5 @@
 """Token files that grow: whatever happens, what ``progress.json`` counts is on disk, and nothing else is kept."""
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m2rnn.data.encode import EncodedBlock
-from m2rnn.data.run_folder import PARTIAL, force_to_disk, to_json, write_whole_file
+from m2rnn.data.run_folder import PARTIAL, force_to_disk, read_json, to_json, write_whole_file
 from m2rnn.data.sources import DataError
 from m2rnn.data.token_files import ENDS, documents_name, tokens_name
 
@@ -43,10 +42,9 @@ class Progress:
 
 def load_progress(path: Path) -> Progress:
     """What is in the file; nothing if there is none."""
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return Progress()
+    saved = read_json(path)
     splits = {split: Written(**written) for split, written in saved.pop("splits").items()}
     return Progress(splits=splits, **saved)
 

@@ -5,6 +5,7 @@ Only what makes or loads one imports transformers; the processes that encode tex
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,16 +49,31 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerBase
         raise DataError(f"vocab_size {vocab_size}: expected at least {smallest}, the bytes and {len(SPECIAL)} more")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=list(SPECIAL.values()),
-            initial_alphabet=list(_byte_characters().values()),
-            show_progress=False,
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL.values()),
+        initial_alphabet=list(_byte_characters().values()),
+        show_progress=False,
     )
+    _interruptible(lambda: bpe.train_from_iterator(texts, trainer))
     return _finished(bpe, use_regex=True)
+
+
+def _interruptible(work: Callable[[], None]) -> None:
+    """Do ``work`` in another thread: `tokenizers` blocks its own, and Ctrl-C would wait until it is done."""
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
 
 
 def _finished(model: "Tokenizer", use_regex: bool) -> "PreTrainedTokenizerBase":
@@ -107,13 +123,30 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """``save_pretrained``, whose errors of the disk are OSError: those of `tokenizers` are bare Exceptions."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"cannot write the tokenizer to {folder}: {error}") from error
+
+
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase | Path | str") -> str:
     """SHA-256 of what decides the ids of a text: ``tokenizer.json`` less its padding and truncation.
 
     ``tokenizer`` may also be the folder that holds the file. Two tokenizers with the same hash give the same ids.
+
+    Raises:
+        DataError: if the file is no JSON.
     """
     if isinstance(tokenizer, (str, Path)):
-        content = json.loads((Path(tokenizer) / TOKENIZER_FILE).read_text(encoding="utf-8"))
+        path = Path(tokenizer) / TOKENIZER_FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{path} is damaged ({error})") from None
     else:
         content = json.loads(tokenizer.backend_tokenizer.to_str())
     content = {key: value for key, value in content.items() if key not in ("padding", "truncation")}

@@ -1,10 +1,14 @@
 """Token files hold every document once, in order, whatever happens while they are written."""
 
+import itertools
 import json
+import os
 import random
 import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +24,7 @@ from m2rnn.data.prepare import Settings, prepare
 from m2rnn.data.run_folder import RunFolderError
 from m2rnn.data.sources import DataError, Reading
 from m2rnn.data.token_files import TokenDataset
+from m2rnn.data.tokenizers import train_bpe
 from tests.data.text import TEXTS, prepared, texts, texts_of, write_json_lines, write_parquet
 
 ROOT = Path(__file__).parents[2]
@@ -116,6 +121,61 @@ def test_splits_from_their_own_sources(tmp_path):
         TokenDataset(tmp_path / "tokens", "valid")
 
 
+def test_token_files_within_their_own_source_are_no_text(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    monkeypatch.chdir(tmp_path)
+    wanted = Settings({"train": ["."]})
+    manifest = prepare(wanted, Path("tokens"), processes=1)
+    assert prepare(wanted, Path("tokens"), processes=1) == manifest
+    prepare(wanted, tmp_path / "tokens", processes=1, overwrite=True)
+    assert texts_of(TokenDataset("tokens")) == ["a", "b"]
+
+
+@pytest.mark.parametrize("file", ["train.tokens.bin", "train.documents.bin"])
+def test_a_finished_folder_that_lacks_a_file_is_not_called_finished(tmp_path, file):
+    source = write_json_lines(tmp_path / "a.jsonl", ["1", "2"])
+    arguments = (source, "--processes=1", "--out", tmp_path / "tokens")
+    assert run(*arguments).exit_code == 0
+    before = contents(tmp_path / "tokens")
+    (tmp_path / "tokens" / file).unlink()
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert f"{file}: No such file" in result.stderr
+    assert "--overwrite" in result.stderr
+    assert run(*arguments, "--overwrite").exit_code == 0
+    assert contents(tmp_path / "tokens") == before
+
+
+def test_ctrl_c_stops_the_training_of_a_tokenizer(tmp_path):
+    def texts_then_ctrl_c():
+        for number in itertools.count():
+            if number == 10_000:
+                os.kill(os.getpid(), signal.SIGINT)
+            if number > 10_000:
+                time.sleep(0.001)
+            if number == 20_000:
+                return
+            yield f"text {number}"
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        train_bpe(texts_then_ctrl_c(), 300)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("name", ["settings.json", "progress.json"])
+def test_damaged_notes_of_an_unfinished_folder_are_named(tmp_path, name):
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    arguments = (tmp_path / "a.txt", "--processes=1", "--out", tmp_path / "tokens")
+    assert run(*arguments).exit_code == 2
+    (tmp_path / "tokens" / name).write_text('{"sour')
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert f"{name} is damaged" in result.stderr
+    assert "overwrite" in result.stderr
+
+
 def test_text_that_cannot_be_read_stops_or_is_counted(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "1"}\n' + b'{"text": "\xff"}\n' * 150 + b'{"text": "2"}\n')
@@ -172,7 +232,7 @@ def test_the_processes_end_with_the_one_that_started_them(tmp_path):
     assert len(done.stdout.split()) == 2
 
 
-@pytest.mark.parametrize("limit", [100, 20_000])
+@pytest.mark.parametrize("limit", [100, 2000, 20_000])  # in the settings, the tokenizer, the tokens
 def test_a_full_disk_is_named_and_once_there_is_room_it_goes_on(tmp_path, limit):
     source = write_json_lines(tmp_path / "source.jsonl", many(3000))
     arguments = [source, "--processes=1", "--out", tmp_path / "tokens"]

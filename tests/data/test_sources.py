@@ -47,13 +47,18 @@ def test_text_files_whole_and_with_separators(tmp_path):
     assert read(whole, separator="<|end|>") == TEXTS
 
 
-def test_folders_are_read_in_the_order_of_their_paths_without_hidden_files(tmp_path):
+def test_folders_are_read_in_the_order_of_their_paths_without_hidden_files(tmp_path, monkeypatch):
     for name in ("b/1.txt", "b/2.rst", "a.txt", "b.txt", ".git/c.txt", "c/.d.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     assert read(tmp_path) == ["a.txt", "b.txt", "b/1.txt", "b/2.rst"]
     assert read(tmp_path, glob="**/*.txt") == ["a.txt", "b.txt", "b/1.txt"]
     assert read(tmp_path / "*.txt") == ["a.txt", "b.txt"]
+    # Only what the wildcards find can be hidden.
+    assert read(tmp_path / ".git" / "*.txt") == [".git/c.txt"]
+    monkeypatch.chdir(tmp_path / "b")
+    assert read("../*.txt") == ["a.txt", "b.txt"]
+    assert read("../**/*.rst") == ["b/2.rst"]
 
 
 @given(texts, st.integers(1, 60))

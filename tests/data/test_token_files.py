@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 
@@ -94,3 +95,7 @@ def test_another_tokenizer_is_refused(data, tmp_path):
         data.load_tokenizer()
     with pytest.raises(DataError, match="tokenizer is not what m2rnn prepare wrote"):
         data.verify()
+    for harm in (lambda file: file.write_text('{"vers'), Path.unlink):
+        harm(data.folder / "tokenizer" / "tokenizer.json")
+        with pytest.raises(DataError, match="tokenizer is not what m2rnn prepare wrote"):
+            data.verify()
