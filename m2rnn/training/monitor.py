@@ -123,6 +123,11 @@ class Monitor(TrainerCallback):
             entries["mfu"] = utilisation
         return entries | {f"grad_norm/{kind}": norm for kind, norm in self.step.norms.items()}
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.logging_steps = int(args.logging_steps)  # which Trainer takes from the checkpoint
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

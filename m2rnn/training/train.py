@@ -12,7 +12,6 @@ The batches are a function of (seed, step), whatever the number of processes. On
 bit as long as that number stays.
 """
 
-import json
 import math
 import os
 import shutil
@@ -25,22 +24,25 @@ from signal import SIGINT, SIGTERM
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback, get_reporting_integration_callbacks
 
-from m2rnn.data.batches import PackedBatches, only_batch
+from m2rnn.data.batches import PackedBatches, only_batch, pack
 from m2rnn.data.run_folder import (
     CHECKPOINTS,
     LOG,
     MODEL,
     RESULTS,
     RunFolderError,
+    read_json,
     run_folder,
     to_json,
     whole_folder,
     write_whole_file,
 )
 from m2rnn.data.token_files import TokenDataset
+from m2rnn.data.tokenizers import save_tokenizer
 from m2rnn.models import M2RNNConfig, M2RNNForCausalLM, presets
 from m2rnn.models.sizes import size_of
 from m2rnn.training.checkpoint import (
@@ -109,8 +111,7 @@ def train(
         if saved is not None and saved["settings"] != identity:
             raise CheckpointError(f"{found} belongs to a run with other settings: delete it to go on without it")
         if saved is not None and saved["step"] == settings.steps and (folder / RESULTS).exists():
-            finished: dict[str, Any] = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-            return finished
+            return read_json(folder / RESULTS, "delete it, and the same command writes it again")
         display.say(f"building {settings.preset}" + (f", to go on from {found.name}" if found else ""))
         model = build_model(settings, config, empty=bool(args.fsdp) and not first)
         batches = PackedBatches(
@@ -129,7 +130,8 @@ def train(
         if first and TENSORBOARD in settings.report_to:
             from torch.utils.tensorboard import SummaryWriter
 
-            reporters.append(TensorBoardCallback(SummaryWriter(folder / TENSORBOARD)))
+            done = saved["step"] if saved else 0  # later steps that an earlier process wrote are left out
+            reporters.append(TensorBoardCallback(SummaryWriter(folder / TENSORBOARD, purge_step=done + 1)))
         log = stack.enter_context(Log(folder / LOG, saved["log_bytes"] if saved else 0)) if first else None
         interrupted = stack.enter_context(interrupts_noted((SIGINT, SIGTERM)))
         monitor = Monitor(
@@ -286,6 +288,8 @@ def training_arguments(settings: TrainSettings, folder: Path) -> TrainingArgumen
         disable_tqdm=True,
         seed=settings.seed,
     )
+    if not distributed and on_gpu:
+        args._n_gpu = 1  # of several, Trainer would give each a part of a batch (DataParallel)
     args.gradient_accumulation_steps = settings.accumulation(args.world_size)
     return args
 
@@ -306,21 +310,24 @@ def validate(trainer: CheckpointingTrainer, settings: TrainSettings, data: Token
     if settings.valid_sequences == 0 or "valid" not in data.manifest["splits"]:
         return None
     valid = TokenDataset(data.folder, "valid")
-    batches = PackedBatches(valid, settings.context, settings.micro_batch_size, seed=None)
-    count = min(len(batches), max(1, settings.valid_sequences // settings.micro_batch_size))
+    windows = PackedBatches(valid, settings.context, rows=1, seed=None)
+    count = min(windows.windows, settings.valid_sequences)
+    rows = settings.micro_batch_size
     processes, process, device = trainer.args.world_size, trainer.args.process_index, trainer.args.device
     model = trainer.model_wrapped
     model.eval()
     # Compiling the layers for evaluation too takes longer than these few batches.
     stance = torch.compiler.set_stance("force_eager") if settings.compile else nullcontext()
     totals = torch.zeros(2, dtype=torch.float64, device="cpu")
-    for start in range(0, count, processes):
-        number = start + process
+    for start in range(0, count, processes * rows):
+        first = start + process * rows
+        numbers = range(first, min(first + rows, count))
         # All take part in each forward pass, since sharded weights are gathered by all.
-        batch = {key: value.to(device) for key, value in batches[min(number, count - 1)].items()}
+        batch = pack([windows.window(number) for number in numbers or [0]])
+        batch = {key: value.to(device) for key, value in batch.items()}
         with stance, trainer.compute_loss_context_manager():
             loss = model(**batch, num_items_in_batch=1, logits_to_keep=1, use_cache=False).loss
-        if number < count:
+        if numbers:
             totals += torch.tensor([loss.item(), (batch["labels"] != -100).sum().item()], dtype=torch.float64)
     summed = trainer.accelerator.reduce(totals.float().to(device), "sum").tolist()
     loss = summed[0] / summed[1]
@@ -354,10 +361,10 @@ def _write_model(trainer: CheckpointingTrainer, config: M2RNNConfig, data: Token
         try:
             with no_progress_bars(), whole_folder(folder / MODEL) as partial:
                 model.save_pretrained(partial, state_dict=weights)
-                data.load_tokenizer().save_pretrained(partial)
+                save_tokenizer(data.load_tokenizer(), partial)
                 if (folder / MODEL).exists():  # of an earlier end of this run
                     shutil.rmtree(folder / MODEL)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             failure = f"cannot write {folder / MODEL}: {error}. The checkpoint is whole: make room, run again"
     raise_everywhere(failure)
 

@@ -11,7 +11,7 @@ Random numbers of a step depend on (seed, step, process) alone, so that there is
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import Trainer
 from m2rnn.training.checkpoint import load_optimizer, load_state, load_weights, save_checkpoint
 
 TRAINER_STATE = "trainer_state.json"  # the name that Trainer reads
+NOT_SAVED: dict[str, Any] = {"log_history": [], "logging_steps": None}  # what log.jsonl has; what may change
 
 
 class CheckpointingTrainer(Trainer):
@@ -73,6 +74,11 @@ class CheckpointingTrainer(Trainer):
         self.losses.append(loss)
         return loss
 
+    def get_batch_samples(self, *arguments: Any, **options: Any) -> tuple[list[Any], Tensor]:
+        samples, labels = super().get_batch_samples(*arguments, **options)
+        assert isinstance(labels, Tensor)
+        return samples, labels.clamp(min=1)  # a step without labels, such as a lone eos, has the loss 0, not 0/0
+
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
         super().log(logs | self.entries() if "loss" in logs else logs, *arguments, **options)
 
@@ -91,7 +97,7 @@ class CheckpointingTrainer(Trainer):
                 "scheduler": scheduler.state_dict(),
                 **(self.run_state() if first else {}),
             },
-            files={TRAINER_STATE: json.dumps(asdict(replace(self.state, log_history=[])), indent=2).encode()},
+            files={TRAINER_STATE: json.dumps(asdict(self.state) | NOT_SAVED, indent=2).encode()},
             keep=self.keep_checkpoints,
         )
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -25,7 +27,7 @@ from m2rnn.models import M2RNNForCausalLM
 from m2rnn.models.model import M2RNNBlock
 from m2rnn.training.checkpoint import CheckpointError
 from m2rnn.training.monitor import Monitor, NonFiniteError, kind_of
-from m2rnn.training.train import Stopped, build_config, build_model, dry_run, train
+from m2rnn.training.train import Stopped, build_config, build_model, dry_run, train, training_arguments
 from m2rnn.training.train_settings import SettingsError, load_settings
 from m2rnn.training.trainer import CheckpointingTrainer
 from tests.training.train_and_kill import SETTINGS
@@ -169,6 +171,82 @@ def test_two_processes_do_what_one_does_and_one_goes_on_from_them(tmp_path, data
     shutil.rmtree(tmp_path / "model")
     train(settings_of(data), tmp_path)
     assert_same_loss(tmp_path, undisturbed)
+
+
+def test_tensorboard_has_each_step_once_after_a_kill_and_entries_come_as_often_as_now_wanted(
+    tmp_path, data, monkeypatch
+):
+    end = Monitor.on_step_end
+
+    def killed_in_step_5(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise MemoryError
+        end(self, args, state, control, **kwargs)
+
+    every = ["report_to=[tensorboard]", "checkpoint_every=2", "keep_checkpoints=3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "on_step_end", killed_in_step_5)
+        with pytest.raises(MemoryError):
+            train(settings_of(data, *every), tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000004")  # steps 3 and 4 are logged, but not saved
+    train(settings_of(data, *every, "log_every=2"), tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
+    losses = [line["loss"] for line in log_of(tmp_path)]
+    expected = [(1, losses[0]), (2, losses[1]), (4, sum(losses[2:4]) / 2), (6, sum(losses[4:]) / 2)]
+    assert [event.step for event in events] == [step for step, _ in expected]
+    assert [event.value for event in events] == pytest.approx([loss for _, loss in expected])
+
+
+def test_one_process_uses_one_of_several_gpus(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    args = training_arguments(settings_of(data, "device=cuda"), tmp_path)
+    assert (args.n_gpu, args.train_batch_size) == (1, 1)
+
+
+def test_a_step_without_labels_has_no_loss(tmp_path, data):
+    tokens = TokenDataset(data)
+    alone = tokens.num_tokens - 1  # so that the last eos has a window of its own
+    overrides = [f"context={alone}", "batch_size=1", "micro_batch_size=1", "steps=2", "valid_sequences=0"]
+    train(settings_of(data, *overrides), tmp_path)
+    lines = log_of(tmp_path)
+    assert sorted(line["loss"] == 0 for line in lines) == [False, True]
+    assert all(weight.isfinite().all() for weight in weights_of(tmp_path).values())
+
+
+def test_the_validation_loss_is_of_as_many_sequences_as_wanted(tmp_path, data):
+    # 3 of micro-batches of 2 and of 4.
+    results = [
+        train(settings_of(data, "steps=2", "valid_sequences=3", f"micro_batch_size={size}"), tmp_path / str(size))
+        for size in (2, 4)
+    ]
+    windows = PackedBatches(TokenDataset(data, "valid"), 24, 3, seed=None)
+    assert windows.windows > 4
+    for result in results:
+        assert result["valid"]["tokens"] == int((windows[0]["labels"] != -100).sum())
+        assert result["valid"]["loss"] == pytest.approx(results[0]["valid"]["loss"], rel=1e-5)
+
+
+def test_a_model_for_which_there_is_no_room_is_named(tmp_path, data, undisturbed):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "results.json").unlink()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot write .*model: .*File too large.*make room"):
+            train(settings_of(data), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    train(settings_of(data), tmp_path)
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_damaged_results_are_named(tmp_path, data, undisturbed):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "results.json").write_text('{"loss"')
+    with pytest.raises(RunFolderError, match=r"results\.json is damaged .*: delete it"):
+        train(settings_of(data), tmp_path)
 
 
 def test_a_checkpoint_holds_no_pickle(undisturbed):
