@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from m2rnn.layers.projection import is_plain_linear, product_dtype
@@ -66,10 +66,7 @@ def _divisor(labels: Tensor, num_items: int | Tensor | None, device: torch.devic
 
 def _fusible_weight(head: Callable[[Tensor], Tensor]) -> Tensor | None:
     """The weight of a head that is a matrix product and nothing else; None for others, and in a compiled model."""
-    if torch.compiler.is_compiling() or not is_plain_linear(head):
-        return None
-    # Not a shard of it, as of FSDP outside its own forward pass
-    return head.weight if type(head.weight) in (Tensor, nn.Parameter) else None
+    return head.weight if not torch.compiler.is_compiling() and is_plain_linear(head) else None
 
 
 def chunked_token_losses(

@@ -414,8 +414,11 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
 
         ``CompileConfig`` asks for torch.compile instead.
         """
-        if compile_config is not None or {parameter.device.type for parameter in self.parameters()} != {"cuda"}:
+        devices = {parameter.device for parameter in self.parameters()}
+        if compile_config is not None or {device.type for device in devices} != {"cuda"}:
             return super().get_compiled_call(compile_config)
+        if len(devices) > 1:
+            return self.__call__  # a graph records the work of one GPU
         if "moe" in self.config.mlps and self.config._experts_implementation == "eager":
             return self.__call__  # its loop over the experts waits for the device, which a graph cannot
         self._captured.start(self)

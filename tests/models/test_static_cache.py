@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -192,6 +193,13 @@ def test_the_graph_repeats_eager_logits(rows: int, dtype: torch.dtype) -> None:
     eager = generate(model, ids, disable_compile=True, **arguments)
     assert torch.equal(captured.sequences, eager.sequences)
     assert torch.equal(torch.stack(captured.logits), torch.stack(eager.logits))
+
+
+def test_a_model_over_several_gpus_generates_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    places = [SimpleNamespace(device=torch.device("cuda", n)) for n in range(2)]
+    monkeypatch.setattr(model, "parameters", lambda: iter(places))
+    assert model.get_compiled_call(None) == model.__call__
 
 
 @pytest.mark.parametrize("device", DEVICES)
