@@ -338,10 +338,12 @@ def plot(
     axes = figure.subplots()
     named: set[str] = set()
     for name, xs, ys in lines:
-        axes.plot(xs, ys, color=colour[name], label=None if name in named else name, linewidth=1.2)
+        label, marker = None if name in named else name, "o" if len(xs) == 1 else None
+        axes.plot(xs, ys, color=colour[name], label=label, marker=marker, linewidth=1.2)
         named.add(name)
     if log:
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda place, _: f"{place:,g}")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)

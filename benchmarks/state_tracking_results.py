@@ -60,8 +60,10 @@ def plot(path: Path, comparisons: list[list[dict[str, Any]]]) -> None:
         draw(axes, runs, styles)
         axes.set_title(problem(runs[0]), fontsize=9)
         axes.set_xlabel("sequence length (tokens)")
+        axes.tick_params(axis="x", labelsize=8, labelrotation=90)
     panels[0].set_ylabel("accuracy, last quarter of positions")
     handles, labels = max((axes.get_legend_handles_labels() for axes in panels), key=lambda found: len(found[0]))
+    labels = [label.partition(" (")[0] for label in labels]  # chance differs from panel to panel
     figure.legend(handles, labels, frameon=False, loc="outside right center")
     save_figure(figure, path)
 
