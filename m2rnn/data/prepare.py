@@ -29,7 +29,14 @@ from m2rnn.data.token_files import (
     tokens_name,
 )
 from m2rnn.data.token_writer import PROGRESS, Progress, TokenWriter
-from m2rnn.data.tokenizers import byte_tokenizer, load_tokenizer, save_tokenizer, tokenizer_hash, train_bpe
+from m2rnn.data.tokenizers import (
+    TOKENIZER_FILE,
+    byte_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_hash,
+    train_bpe,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -124,7 +131,9 @@ def prepare(
         for split in settings.splits
     }
     versions = {split: [_version(source) for source in found] for split, found in sources.items()}
-    with run_folder(folder, {**asdict(settings), "versions": versions}, overwrite, FILES):
+    tokenizer_version = _tokenizer_version(settings.tokenizer)
+    settled = {**asdict(settings), "versions": versions, "tokenizer_version": tokenizer_version}
+    with run_folder(folder, settled, overwrite, FILES):
         if (folder / MANIFEST).exists():
             (folder / PROGRESS).unlink(missing_ok=True)  # killed just before the end
             manifest = read_manifest(folder)
@@ -187,6 +196,12 @@ def _version(source: Files | HubDataset) -> dict[str, Any]:
         found = path.stat()
         content.update(f"{path}\0{found.st_size}\0{found.st_mtime_ns}\0".encode(errors="surrogateescape"))
     return {"files": len(source.paths), "names_sizes_and_times": content.hexdigest()}
+
+
+def _tokenizer_version(name: str) -> str | None:
+    """SHA-256 of a tokenizer's file on this machine."""
+    path = Path(name) / TOKENIZER_FILE if Path(name).is_dir() else Path(name)
+    return file_hash(path) if path.is_file() else None
 
 
 def _make_tokenizer(

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,18 @@ def test_a_tokenizer_made_before_is_used_by_its_folder(tmp_path):
     bos = second.manifest["tokenizer"]["bos_token_id"]
     for number in range(50):
         assert second.document(number).tolist() == [bos, *first.document(number)]
+
+
+def test_another_tokenizer_under_the_same_name_is_refused(tmp_path):
+    first = prepared(tmp_path / "first", many(50), tokenizer="train-bpe", vocab_size=300)
+    name = first.folder / "tokenizer"
+    wanted = Settings({"train": [str(tmp_path / "first")]}, Reading(glob="*.jsonl"), tokenizer=str(name))
+    manifest = prepare(wanted, tmp_path / "second", processes=1)
+    assert prepare(wanted, tmp_path / "second", processes=1) == manifest
+    train_bpe(many(50), 310).save_pretrained(name)
+    for changed in (wanted, replace(wanted, tokenizer=str(name / "tokenizer.json"))):
+        with pytest.raises(RunFolderError, match="tokenizer"):
+            prepare(changed, tmp_path / "second", processes=1)
 
 
 def test_a_share_of_the_documents_goes_to_validation_with_its_copies(tmp_path):
