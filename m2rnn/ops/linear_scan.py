@@ -14,6 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from itertools import accumulate, pairwise
+from operator import index
 
 import torch
 from torch import Tensor
@@ -285,7 +286,7 @@ class _Chunks:
     """
 
     def __init__(self, tokens: Tensor, cu_seqlens: Tensor | None, writes: int) -> None:
-        batch, steps = tokens.shape[:2]
+        batch, steps = (index(n) for n in tokens.shape[:2])  # numbers for torch.compile too, which repeats chunks
         self._shape = (batch, steps)
         bounds = [row * steps for row in range(batch + 1)] if cu_seqlens is None else cu_seqlens.tolist()
         lengths = [end - start for start, end in pairwise(bounds)]

@@ -180,3 +180,19 @@ def test_autocast_follows_float32(name: str) -> None:
         last, _ = mixer(hidden[:, 8:], state)
     error = (torch.cat([y, last], 1).float() - expected).norm() / expected.norm()
     assert 1e-6 < error < 3e-2
+
+
+@pytest.mark.parametrize("name", ["gru", "rnn", "gated-deltanet", "mamba2"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of dynamo's own
+def test_compiles_without_graph_breaks_at_any_length(name: str) -> None:
+    torch.compiler.reset()
+    mixer = make(name)
+    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
+    for length in (6, 9):
+        hidden = tokens(2, length).requires_grad_()
+        names, parameters = zip(*mixer.named_parameters(), strict=True)
+        inputs = [hidden, *parameters]
+        (y, state), (expected, expected_state) = compiled(hidden), mixer(hidden)
+        assert_close(y, expected, torch.float64, "output")
+        assert_close(state.recurrent, expected_state.recurrent, torch.float64, "state")
+        assert_all_close(gradients([y], inputs), gradients([expected], inputs), "gradient", ["hidden", *names])

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from m2rnn.layers import GRU, RNN, SwiGLU
 from tests.layers.equations import assert_layer_is, convolve, rms_norm, sigmoid, silu
-from tests.tolerances import assert_close
 
 LAYERS = {"rnn": RNN, "gru": GRU}
 HEADS, UNITS, HIDDEN = 3, 4, 8
@@ -120,24 +119,6 @@ def test_W_starts_as_asked(name: str) -> None:
 def test_bad_options_are_refused(name: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LAYERS[name](32, **options)
-
-
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of dynamo's own
-def test_layer_compiles_without_graph_breaks(name: str) -> None:
-    torch.compiler.reset()
-    layer = LAYERS[name](HIDDEN, HEADS, UNITS, weight_std=None)
-    x = torch.randn(2, 6, HIDDEN, requires_grad=True)
-    cotangent = torch.randn(2, 6, HIDDEN)
-    inputs = [x, *layer.parameters()]
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    y, state = compiled(x)
-    expected_y, expected_state = layer(x)
-    assert_close(y, expected_y, torch.float32, "output")
-    assert_close(state.recurrent, expected_state.recurrent, torch.float32, "state")
-    ours, theirs = (torch.autograd.grad(out, inputs, cotangent) for out in (y, expected_y))
-    for one, other in zip(ours, theirs, strict=True):
-        assert_close(one, other, torch.float32, "gradient")
 
 
 @pytest.mark.parametrize("name", LAYERS)
