@@ -26,7 +26,6 @@ with the same ``rows · accumulation · processes``. A resumed training skips ba
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,8 +34,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from m2rnn.data.permutation import mixed_key, permuted
-from m2rnn.data.sources import DataError
-from m2rnn.data.token_files import MEND, TokenDataset
+from m2rnn.data.token_files import TokenDataset
 
 IGNORED = -100
 
@@ -103,13 +101,12 @@ class PackedBatches(Dataset[dict[str, Tensor]]):
         return epochs, numbers
 
     def window(self, number: int) -> Row:
-        """Window number ``number`` of the file, filled up to ``context`` tokens."""
+        """Window number ``number`` of the file, filled up to ``context`` tokens; ``DataError`` if it was damaged."""
         data, start = self.data, number * self.context
         stop = min(start + self.context, data.num_tokens)
         ids = np.full(self.context + 1, data.pad_token_id, np.int64)
-        read = data.tokens[start : stop + 1]
+        read = data.read(start, min(stop + 1, data.num_tokens))
         ids[: len(read)] = read
-        _check_ids(read, start, data)
         first = data.document_at(start)
         ends = data.ends[first : data.document_at(stop - 1) + 1] - start  # the last one may lie beyond the window
         labels = ids[1:].copy()
@@ -159,12 +156,3 @@ def pack(rows: Sequence[Row]) -> dict[str, Tensor]:
         "shift_labels": labels,
         "cu_seq_lens_q": torch.from_numpy(np.concatenate([*starts, offsets[-1:]]).astype(np.int32)),
     }
-
-
-def _check_ids(ids: NDArray[Any], start: int, data: TokenDataset) -> None:
-    if ids.max() >= data.vocab_size:
-        place = start + int(np.argmax(ids >= data.vocab_size))
-        raise DataError(
-            f"{data.tokens_path} is damaged: token {place:,} is {int(ids[place - start])}, not below "
-            f"{data.vocab_size}: {MEND}"
-        )

@@ -23,6 +23,8 @@ from m2rnn.data.token_files import (
     SPLITS,
     TOKENIZER,
     TokenDataset,
+    checksums,
+    checksums_name,
     documents_name,
     file_hash,
     read_manifest,
@@ -41,7 +43,8 @@ from m2rnn.data.tokenizers import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FILES = (TOKENIZER, PROGRESS, MANIFEST, *(name(split) for split in SPLITS for name in (tokens_name, documents_name)))
+NAMES = (tokens_name, checksums_name, documents_name)
+FILES = (TOKENIZER, PROGRESS, MANIFEST, *(name(split) for split in SPLITS for name in NAMES))
 BLOCK_BYTES = 2**22
 SHOWN = 10  # rejected documents that the table names
 BYTES, BPE = "bytes", "train-bpe"
@@ -322,9 +325,11 @@ def _manifest(
     progress = writer.progress
     splits = {}
     for split, written in progress.splits.items():
+        tokens = writer.folder / tokens_name(split)
+        write_whole_file(writer.folder / checksums_name(split), checksums(tokens).tobytes())
         splits[split] = {
             **asdict(written),
-            "tokens_sha256": file_hash(writer.folder / tokens_name(split)),
+            "tokens_sha256": file_hash(tokens),
             "documents_sha256": file_hash(writer.folder / documents_name(split)),
             "sources": [_describe_source(source) for source in sources[split]],
         }

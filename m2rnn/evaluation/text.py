@@ -87,6 +87,7 @@ def choose_split(folder: Path, split: str | None) -> str:
 def from_token_folder(folder: Path, split: str) -> Text:
     """The documents of a split of token files, where they lie on disk."""
     data = TokenDataset(folder, split)
+    data.verify()
     tokenizer = data.load_tokenizer()
     marks = {data.eos_token_id, tokenizer.bos_token_id} - {None}
     return Text(

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from m2rnn.data.batches import IGNORED, PackedBatches, only_batch
 from m2rnn.data.sources import DataError
-from m2rnn.data.token_files import TokenDataset
+from m2rnn.data.token_files import PIECE, TokenDataset
 from m2rnn.models import M2RNNConfig, M2RNNForCausalLM
 from tests.data.text import prepared
 
@@ -130,14 +130,16 @@ def test_a_loader_in_other_processes_gives_the_same(tmp_path):
             assert torch.equal(batch[name], tensor)
 
 
-def test_an_id_that_the_vocabulary_lacks_is_named(tmp_path):
-    data = prepared(tmp_path, ["abcdef" * 10], tokenizer="train-bpe", vocab_size=260)
-    content = data.tokens_path.read_bytes()
-    data.tokens_path.write_bytes(content[:20] + b"\xff\xff" + content[22:])
-    damaged = TokenDataset(data.folder)
-    message = r"train\.tokens\.bin is damaged: token 10 is 65535, not below 260"
-    with pytest.raises(DataError, match=message):
-        PackedBatches(damaged, 4, 3, None)[0]
+def test_a_changed_token_is_an_error_where_it_is_read(tmp_path):
+    data = documents(tmp_path, [999] * 100)
+    content = bytearray(data.tokens_path.read_bytes())
+    assert len(content) > PIECE + 1000
+    content[-1000] ^= 1
+    data.tokens_path.write_bytes(content)
+    batches = PackedBatches(TokenDataset(data.folder), 100, 1, None)
+    assert batches[0]["input_ids"].shape == (1, 100)
+    with pytest.raises(DataError, match=r"train\.tokens\.bin is not what m2rnn prepare wrote"):
+        batches[len(batches) - 1]
 
 
 def small_model() -> M2RNNForCausalLM:

@@ -145,7 +145,7 @@ def test_token_files_within_their_own_source_are_no_text(tmp_path, monkeypatch):
     assert texts_of(TokenDataset("tokens")) == ["a", "b"]
 
 
-@pytest.mark.parametrize("file", ["train.tokens.bin", "train.documents.bin"])
+@pytest.mark.parametrize("file", ["train.tokens.bin", "train.tokens.crc32", "train.documents.bin"])
 def test_a_finished_folder_that_lacks_a_file_is_not_called_finished(tmp_path, file):
     source = write_json_lines(tmp_path / "a.jsonl", ["1", "2"])
     arguments = (source, "--processes=1", "--out", tmp_path / "tokens")

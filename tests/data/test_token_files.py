@@ -38,7 +38,7 @@ def test_nothing_is_copied_into_memory_or_into_a_loader_process(data):
     assert texts_of(pickle.loads(copied)) == FULL
 
 
-@pytest.mark.parametrize("name", ["train.tokens.bin", "train.documents.bin"])
+@pytest.mark.parametrize("name", ["train.tokens.bin", "train.tokens.crc32", "train.documents.bin"])
 def test_a_missing_truncated_or_longer_file_is_named_on_opening(data, name):
     path = data.folder / name
     content = path.read_bytes()
@@ -53,16 +53,23 @@ def test_a_missing_truncated_or_longer_file_is_named_on_opening(data, name):
 
 
 @pytest.mark.parametrize("name", ["train.tokens.bin", "train.documents.bin"])
-def test_any_changed_byte_is_found_and_the_last_ones_on_opening(data, name):
+def test_any_changed_byte_is_found(data, name):
     path = data.folder / name
     content = path.read_bytes()
-    for place in (0, len(content) // 2):
+    for place in range(0, len(content), 5):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         with pytest.raises(DataError, match=f"{name} is not what m2rnn prepare wrote"):
             TokenDataset(data.folder).verify()
-    path.write_bytes(content[:-1] + b"\1")
-    with pytest.raises(DataError, match=f"{name} is not what m2rnn prepare wrote"):
-        TokenDataset(data.folder)
+
+
+def test_changed_tokens_are_found_where_they_are_read_and_changed_ends_on_opening(data):
+    for path in (data.tokens_path, data.documents_path):
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(DataError, match=f"{path.name} is not what m2rnn prepare wrote"):
+            TokenDataset(data.folder).read(0, 1)
+        path.write_bytes(content)
+    assert TokenDataset(data.folder).read(3, 9).tolist() == data.tokens[3:9].tolist()
 
 
 def test_a_folder_that_is_not_finished_is_refused(data, tmp_path):
