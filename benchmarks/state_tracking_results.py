@@ -32,7 +32,7 @@ def problem(run: dict[str, Any]) -> str:
 
 def percent(values: dict[str, float]) -> str:
     mean, least, greatest = (f"{100 * values[name]:.2f}" for name in ("mean", "least", "greatest"))
-    return f"{mean} ({least} to {greatest})"
+    return mean if least == greatest else f"{mean} ({least} to {greatest})"
 
 
 def table(runs: list[dict[str, Any]]) -> str:
@@ -43,8 +43,9 @@ def table(runs: list[dict[str, Any]]) -> str:
     ]
     for mixer, same in by_mixer(runs).items():
         trainings = [run["training"] for run in same]
-        solved = [training["step"] for training in trainings if training["outcome"] == "solved"]
-        steps = f"{min(solved)} to {max(solved)}" if solved else f"length {max(t['length'] for t in trainings)}"
+        solved = sorted(training["step"] for training in trainings if training["outcome"] == "solved")
+        reached = max(training["length"] for training in trainings)
+        steps = " to ".join(f"{n:,}" for n in dict.fromkeys((solved[0], solved[-1]))) if solved else f"length {reached}"
         accuracy = " | ".join(percent(spread(same, length, "last_quarter")) for length in lengths)
         lines.append(f"| {mixer} | {same[0]['parameters']:,} | {len(solved)} of {len(same)} | {steps} | {accuracy} |")
     return "\n".join(lines)
