@@ -51,7 +51,7 @@ def track(
     ] = DEFAULT.patience,
     minutes: Annotated[
         float | None,
-        typer.Option(help="Most minutes to train in a run. Where this ends a training is not reproducible."),
+        typer.Option(help="Most minutes to train in a run. Where this ends a training is not reproducible.", min=0),
     ] = None,
     decay_steps: Annotated[
         int, typer.Option(help="Last steps, or those once solved, on which the learning rate goes to zero.")

@@ -35,7 +35,7 @@ def train(
     data: Annotated[str | None, typer.Option(help="The folder that m2rnn prepare made; or in the recipe.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; the same command goes on.")] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="Save and stop after that time; the same command goes on.")
+        float | None, typer.Option(help="Save and stop after that time; the same command goes on.", min=0)
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print sizes, schedule and memory, and train nothing.")
