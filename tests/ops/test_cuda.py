@@ -90,7 +90,7 @@ def test_every_source_names_its_macros() -> None:
 @pytest.mark.parametrize("step_bytes", [0, 1, 40_000, 10 << 20])
 @pytest.mark.parametrize("slice_length", [96, 128, 10_000])
 def test_windows_fit_and_are_even(steps: int, step_bytes: int, slice_length: int) -> None:
-    window, length = launch._window(steps, step_bytes, slice_length)
+    window, length = launch._window(steps, step_bytes, slice_length, launch.PARTIAL_BYTES)
     if steps * step_bytes <= launch.PARTIAL_BYTES:
         assert window == steps
         return

@@ -52,10 +52,10 @@ struct alignas(64) Kept {  // of 8 steps; warps a multiple of 64 bytes apart mee
 #define BUFFERS (AHEAD ? 3 : 1)  // of inputs: on their way, computing states, walking back
 
 struct Inputs {  // of a chunk
-    char q[tile_bytes<ROWS>()];
-    char k[tile_bytes<ROWS>()];
-    char v[SLOTS][tile_bytes<V>()];
-    char dy[SLOTS][tile_bytes<V>()];
+    char q[tile_bytes<ROWS + PAD>()];
+    char k[tile_bytes<ROWS + PAD>()];
+    char v[SLOTS][tile_bytes<V + PAD>()];
+    char dy[SLOTS][tile_bytes<V + PAD>()];
     float f[SLOTS][CHUNK];
     alignas(16) saved_t state[SLOTS][WARPS][16][V];  // before it
 };
@@ -66,7 +66,7 @@ struct Place {
     const float* f;
     const saved_t* saved;
     i64 dq, dk, head;  // elements
-    float growth;      // see within_limit()
+    float omega;       // see within_limit()
 };
 
 struct BackwardShared {
@@ -85,29 +85,38 @@ struct Gradients {
     float f[8];               // of 8 steps, this lane's share
 };
 
-#define BOUNDED (CLIP && PARTS == 1)
-
 // Whether |c| cannot reach the limit within the next 8 steps, so that the clamp has nothing to do. With 0 ≤ f ≤ 1 a step
-// takes the largest |G| = |q dyᵀ + c| to at most max(1, ω) times as much, ω the largest sum over a row of |W|;
-// growth = (1.02 max(1, ω))^8 leaves room for roundings. NaN is not within the limit.
+// takes the largest |G| = |q dyᵀ + c| to at most f + (1 - f) ω times as much, ω ≥ 1 not less than the sum over a row of |W|;
+// 1.02 leaves room for roundings. Each lane has the f of step lane % 8. NaN is not within the limit.
 __device__ __forceinline__ u32 largest(u32 pair) {  // of two bfloat16, by magnitude, as the bits of a float32
     const u32 high = pair & 0x7fff0000u, low = pair << 16 & 0x7fff0000u;
     return high > low ? high : low;
 }
 __device__ __forceinline__ bool within_limit(
-    const float (&carry)[NT][4], const RowSteps& queries, const ColumnSteps& dys, float f, float growth, float limit
+    const float (&carry)[NT][4], const RowSteps& queries, const ColumnSteps& dys, float f, float omega, float limit
 ) {
     u32 q = largest(queries.part[0][0]), dy = 0;
     q = max(q, largest(queries.part[0][1]));
-    float sum = 0.f;
+    float c = 0.f;
 #pragma unroll
     for (int n = 0; n < NT; n++) {
         dy = max(dy, largest(dys.part[0][n]));
-        sum += fabsf(carry[n][0]) + fabsf(carry[n][1]) + (fabsf(carry[n][2]) + fabsf(carry[n][3]));
+#pragma unroll
+        for (int i = 0; i < 4; i++) asm("max.NaN.f32 %0, %0, %1;" : "+f"(c) : "f"(fabsf(carry[n][i])));
     }
+    float growth = 1.02f * fmaf(f, 1.f - omega, omega);
+#pragma unroll
+    for (int width = 1; width < 8; width *= 2) growth *= __shfl_xor_sync(0xffffffffu, growth, width);
     const float product = __uint_as_float(largest_of_warp(q)) * __uint_as_float(largest_of_warp(dy));
-    return __all_sync(0xffffffffu, f >= 0.f && f <= 1.f && growth * fmaf(8.f, product, sum) <= limit);
+    return __all_sync(0xffffffffu, f >= 0.f && f <= 1.f && growth * fmaf(8.f, product, c) <= limit);
 }
+
+struct Yes {
+    static constexpr bool value = true;
+};
+struct No {
+    static constexpr bool value = false;
+};
 
 struct Octet {  // 8 steps of the inputs, as operands for products with the matrix of one of them
     RowSteps keys;
@@ -118,6 +127,20 @@ struct Octet {  // 8 steps of the inputs, as operands for products with the matr
 __device__ __forceinline__ u32 forgotten(u32 x) {
     asm volatile("" : "+r"(x));
     return x;
+}
+
+// The vectors of one step of two tiles as operands of their outer product.
+__device__ __forceinline__ void load_vectors(
+    Outer& x, u32 row_tile, u32 column_tile, int octet, int step, int row, u32 zeros, int lane
+) {
+    load_outer(
+        x, step, lane,
+        [&](int p, int matrix) {
+            return matrix < 2
+                ? tile_row(row_tile, p, ROWS + PAD, octet + lane % 8, row + 8 * matrix)
+                : tile_row(column_tile, p, V + PAD, octet + lane % 8, 8 * ((matrix - 2) % NT));
+        },
+        [&](int) { return zeros; });
 }
 
 __device__ __forceinline__ void unpack(float (&h)[NT][4], const Packed& packed) {
@@ -167,7 +190,7 @@ __device__ __forceinline__ void stage_some(
     const int high = (int)(end - first < CHUNK ? end - first : CHUNK);
     const int step = i / pieces, column = i % pieces * width;  // i is unsigned: shifts, not divisions
     const bool valid = step >= low && step < high && column < columns;
-    stage_piece<COLUMNS>(tile, valid ? data + (step * stride + column) : data, valid, step, column);
+    stage_piece<COLUMNS + PAD>(tile, valid ? data + (step * stride + column) : data, valid, step, column);
 }
 template <int COLUMNS, int COUNT>
 __device__ __forceinline__ void stage(
@@ -375,12 +398,26 @@ struct Task {
     __device__ __forceinline__ int unit() const { return index % units; }
     __device__ __forceinline__ int slice() const { return index / units; }
     __device__ __forceinline__ i64 window_begin(const Backward& p) const { return (p.windows - 1 - window) * p.window; }
-    __device__ __forceinline__ i64 slice_begin(const Backward& p) const {
-        return window_begin(p) + (slices - 1 - slice()) * p.slice;  // the last comes first
-    }
     __device__ __forceinline__ u32* slices_done(const Backward& p) const { return p.counters + unit(); }
     __device__ __forceinline__ u32* blocks_done(const Backward& p) const { return p.counters + units + window; }
     __device__ __forceinline__ u32* sums_done(const Backward& p) const { return p.counters + units + p.windows + window; }
+};
+
+// A sequence, and its steps [first, last] in a task's slice of time. In a window, slices count from the sequence's end, so
+// that all sequences of a pack are worked on at once.
+struct Span {
+    i64 begin, end, first, last;
+
+    __device__ __forceinline__ Span(const Backward& p, const Task& task, int sequence) {
+        begin = p.offsets ? p.offsets[sequence] : 0;
+        end = p.offsets ? p.offsets[sequence + 1] : p.steps;
+        const i64 window_begin = task.window_begin(p), window_end = window_begin + p.window;
+        const i64 low = begin > window_begin ? begin : window_begin, high = end < window_end ? end : window_end;
+        const i64 slice_end = (high + CHUNK - 1) / CHUNK * CHUNK - task.slice() * p.slice;
+        first = low > slice_end - p.slice ? low : slice_end - p.slice;
+        last = (high < slice_end ? high : slice_end) - 1;
+    }
+    __device__ __forceinline__ bool empty() const { return first > last; }
 };
 
 extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backward(const Backward p) {
@@ -408,28 +445,35 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
         if (thread == 0) count_up(task.sums_done(p));
         return;
     }
+    const int groups = p.heads / SLOTS, unit_lane = task.unit() / groups;
+    const int first_head = task.unit() % groups * SLOTS, head = first_head + slot;
+    const i64 window_begin = task.window_begin(p);
+    if (p.windows == 1) {  // a sequence's slices are the first of a unit, so no block waits for one without steps
+        bool idle = true;
+        for (int sequence = unit_lane; sequence < p.sequences; sequence += p.lanes) idle &= Span(p, task, sequence).empty();
+        if (idle) {
+            if (thread == 0 && p.sum_blocks) count_up(task.blocks_done(p));
+            return;
+        }
+    }
     if (p.counters) {
         wait_until(task.slices_done(p), task.window * task.slices + task.slice());
         if (p.sum_blocks && task.window >= 2) wait_until(task.sums_done(p) - 2, p.sum_blocks);
     }
-    const int groups = p.heads / SLOTS, unit_lane = task.unit() / groups;
-    const int first_head = task.unit() % groups * SLOTS, head = first_head + slot;
-    const i64 window_begin = task.window_begin(p), slice_begin = task.slice_begin(p);
-    const i64 slice_end = slice_begin + p.slice < p.steps ? slice_begin + p.slice : p.steps;
 
     Matrix weight, transposed_weight;
     load_matrix(weight, p.weight + head / p.weight_repeat * V * V, false, lane);
     load_matrix(transposed_weight, p.weight + head / p.weight_repeat * V * V, true, lane);
-#if BOUNDED
-    float growth = 1.f;
+#if CLIP && PARTS == 1
+    float omega = 1.f;
     for (int i = lane; i < V; i += 32) {
         float sum = 0.f;
         for (int j = 0; j < V; j++) sum += fabsf(p.weight[(head / p.weight_repeat * V + i) * V + j]);
-        growth = sum <= growth ? growth : sum;  // NaN too
+        omega = sum <= omega ? omega : sum;  // NaN too
     }
-    growth = 1.02f * __uint_as_float(largest_of_warp(__float_as_uint(growth)));
-    growth = growth * growth * growth * growth;
-    if (lane == 0) shared.place[slot].growth = growth * growth;  // by each of the head's warps, all the same
+    // By each of the head's warps, all the same
+    omega = __uint_as_float(largest_of_warp(__float_as_uint(omega)));
+    if (lane == 0) shared.place[slot].omega = omega;
 #endif
     Gradients d;
     if (walks)
@@ -443,10 +487,9 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
 
     for (int sequence = unit_lane; sequence < p.sequences; sequence += p.lanes) {
         const i64 batch = p.offsets ? 0 : sequence;
-        const i64 begin = p.offsets ? p.offsets[sequence] : 0, end = p.offsets ? p.offsets[sequence + 1] : p.steps;
-        const i64 first_step = begin > slice_begin ? begin : slice_begin;
-        const i64 last_step = (end < slice_end ? end : slice_end) - 1;
-        if (first_step > last_step) continue;
+        const Span span(p, task, sequence);
+        const i64 begin = span.begin, end = span.end, first_step = span.first, last_step = span.last;
+        if (span.empty()) continue;
 
         const i64 state_offset = ((i64)sequence * p.heads + head) * p.key_dim * V;
         load_state(d.carry, p.carry + state_offset, row, p.key_dim, lane);
@@ -517,7 +560,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
 #pragma unroll UNROLLED
                 for (int step = 0; step < 8; step++) {
                     Outer key_value;
-                    load_outer(key_value, k_tile, v_tile, octet, step, row, zeros, lane);
+                    load_vectors(key_value, k_tile, v_tile, octet, step, row, zeros, lane);
                     const float f = in.f[slot][octet + step];
                     if (step % 2 == 0)
                         store_packed(kept[octet / 8 * SLOTS * WARPS].pairs[step / 2].states, packed, lane);
@@ -525,7 +568,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
                     clear(z);
                     add_outer(z, key_value, octet + step, row, in.k, in.v[slot], lane);
                     update(z, packed, weight);
-                    blend(h, z, f);
+                    blend(h, z, 1.f - f);
                     pack(packed, h);
                 }
             }
@@ -549,61 +592,64 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
                 load_rows(operands.keys, k_tile, octet, row, lane);
                 load_columns(operands.values, v_tile, octet, lane);
                 load_columns(operands.dys, dy_tile, octet, lane);
-#if BOUNDED
+                auto clamp_carry = [&](int step) {  // steps before the sequence leave it as it is, unclamped too
+                    clamp(d.carry, octet + step >= low(first) ? p.clip : __uint_as_float(0x7f800000u));
+                };
+                // Without the clamp there is nothing to branch on, and the compiler orders all 8 steps
+                auto walk_octet = [&](auto clamps) {
+#pragma unroll UNROLLED
+                    for (int step = 6; step >= 0; step -= 2) {
+                        Pair& pair = octet_kept.pairs[step / 2];
+                        Packed before;
+                        load_packed(before, pair.states, lane);
+                        Outer key_value[2], query_dy[2];
+#pragma unroll
+                        for (int i = 0; i < 2; i++) {
+                            load_vectors(key_value[i], k_tile, v_tile, octet, step + i, row, zeros, lane);
+                            load_vectors(query_dy[i], q_tile, dy_tile, octet, step + i, row, zeros, lane);
+                        }
+                        const float2 f = *(const float2*)&in.f[slot][octet + step];
+                        __syncwarp();  // every lane has read its states, the gradients can take their place
+                        float dv[2][KS][4] = {};
+                        Packed between;
+                        float h0[NT][4], h1[NT][4], z0[NT][4], z1[NT][4];
+                        unpack(h0, before);
+                        clear(z0);
+                        add_outer(z0, key_value[0], octet + step, row, in.k, in.v[slot], lane);
+                        update(z0, before, weight);
+#pragma unroll
+                        for (int n = 0; n < NT; n++)
+#pragma unroll
+                            for (int i = 0; i < 4; i++) h1[n][i] = fmaf(f.x, h0[n][i] - z0[n][i], z0[n][i]);
+                        pack(between, h1);
+                        clear(z1);
+                        add_outer(z1, key_value[1], octet + step + 1, row, in.k, in.v[slot], lane);
+                        update(z1, between, weight);
+                        if (clamps.value) clamp_carry(step + 1);
+                        add_outer(d.carry, query_dy[1], octet + step + 1, row, in.q, in.dy[slot], lane);
+                        step_back(d, dv[1], pair, operands, f.y, step + 1, h1, between, z1, next, transposed_weight, lane);
+                        if (clamps.value) clamp_carry(step);
+                        add_outer(d.carry, query_dy[0], octet + step, row, in.q, in.dy[slot], lane);
+                        step_back(d, dv[0], pair, operands, f.x, step, h0, before, z0, between, transposed_weight, lane);
+                        next = before;
+#pragma unroll
+                        for (int i = 0; i < 2; i++)
+#pragma unroll
+                            for (int k = 0; k < KS; k++) store_column(pair.gradients.dv[i][k], dv[i][k], step + i, lane);
+                    }
+                };
+#if !CLIP
+                walk_octet(No());
+#elif PARTS > 1
+                walk_octet(Yes());
+#else
                 RowSteps queries;
                 load_rows(queries, q_tile, octet, row, lane);
-                const bool clamp_idle =
-                    within_limit(d.carry, queries, operands.dys, in.f[slot][octet + lane % 8], place.growth, p.clip);
-#else
-                const bool clamp_idle = false;
+                if (within_limit(d.carry, queries, operands.dys, in.f[slot][octet + lane % 8], place.omega, p.clip))
+                    walk_octet(No());
+                else
+                    walk_octet(Yes());
 #endif
-
-                auto add_output_gradient = [&](const Outer& query_dy, int step) {  // G = q dyᵀ + clamp(c)
-#if CLIP
-                    if (!clamp_idle)
-                        // Steps before the sequence leave the carry as it is: not clamped either
-                        clamp(d.carry, octet + step >= low(first) ? p.clip : __uint_as_float(0x7f800000u));
-#endif
-                    add_outer(d.carry, query_dy, octet + step, row, in.q, in.dy[slot], lane);
-                };
-#pragma unroll UNROLLED
-                for (int step = 6; step >= 0; step -= 2) {
-                    Pair& pair = octet_kept.pairs[step / 2];
-                    Packed before;
-                    load_packed(before, pair.states, lane);
-                    Outer key_value[2], query_dy[2];
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        load_outer(key_value[i], k_tile, v_tile, octet, step + i, row, zeros, lane);
-                        load_outer(query_dy[i], q_tile, dy_tile, octet, step + i, row, zeros, lane);
-                    }
-                    const float2 f = *(const float2*)&in.f[slot][octet + step];
-                    __syncwarp();  // every lane has read its states, the gradients can take their place
-                    float dv[2][KS][4] = {};
-                    Packed between;
-                    float h0[NT][4], h1[NT][4], z0[NT][4], z1[NT][4];
-                    unpack(h0, before);
-                    clear(z0);
-                    add_outer(z0, key_value[0], octet + step, row, in.k, in.v[slot], lane);
-                    update(z0, before, weight);
-#pragma unroll
-                    for (int n = 0; n < NT; n++)
-#pragma unroll
-                        for (int i = 0; i < 4; i++) h1[n][i] = fmaf(f.x, h0[n][i] - z0[n][i], z0[n][i]);
-                    pack(between, h1);
-                    clear(z1);
-                    add_outer(z1, key_value[1], octet + step + 1, row, in.k, in.v[slot], lane);
-                    update(z1, between, weight);
-                    add_output_gradient(query_dy[1], step + 1);
-                    step_back(d, dv[1], pair, operands, f.y, step + 1, h1, between, z1, next, transposed_weight, lane);
-                    add_output_gradient(query_dy[0], step);
-                    step_back(d, dv[0], pair, operands, f.x, step, h0, before, z0, between, transposed_weight, lane);
-                    next = before;
-#pragma unroll
-                    for (int i = 0; i < 2; i++)
-#pragma unroll
-                        for (int k = 0; k < KS; k++) store_column(pair.gradients.dv[i][k], dv[i][k], step + i, lane);
-                }
                 const float df = sum_lanes(d.f, lane);
                 if (lane < 8) octet_kept.df[lane] = df;
             }

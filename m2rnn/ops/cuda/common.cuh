@@ -253,20 +253,22 @@ struct Outer {
     u32 part[PARTS][(2 + NT + 3) / 4 * 4];
 };
 
-__device__ __forceinline__ u32 tile_row(u32 tile, int part, int columns, int step, int column) {
-    return tile + 2 * ((part * CHUNK + step) * (columns + PAD) + column);
+// The address of a number of a tile [PARTS][CHUNK][stride].
+__device__ __forceinline__ u32 tile_row(u32 tile, int part, int stride, int step, int column) {
+    return tile + 2 * ((part * CHUNK + step) * stride + column);
 }
 __device__ __forceinline__ void load_rows(RowSteps& x, u32 tile, int step, int row, int lane) {
 #pragma unroll
     for (int p = 0; p < PARTS; p++)
-        ldmatrix2(x.part[p][0], x.part[p][1], tile_row(tile, p, ROWS, step + lane % 8, row + lane / 8 % 2 * 8));
+        ldmatrix2(x.part[p][0], x.part[p][1], tile_row(tile, p, ROWS + PAD, step + lane % 8, row + lane / 8 % 2 * 8));
 }
 __device__ __forceinline__ void load_columns(ColumnSteps& x, u32 tile, int step, int lane) {
 #pragma unroll
     for (int p = 0; p < PARTS; p++)
 #pragma unroll
         for (int n = 0; n < NT; n += 2) {
-            const u32 address = tile_row(tile, p, V, step + lane % 8, 8 * n + (V == 8 ? 0 : lane / 8 % 2 * 8));
+            const u32 address =
+                tile_row(tile, p, V + PAD, step + lane % 8, 8 * n + (V == 8 ? 0 : lane / 8 % 2 * 8));
 #if V == 8
             ldmatrix1(x.part[p][n], address);
 #else
@@ -275,21 +277,18 @@ __device__ __forceinline__ void load_columns(ColumnSteps& x, u32 tile, int step,
         }
 }
 
-// The other steps are read from 16 bytes of `zeros`, in both operands, since 0 · NaN is not 0.
-__device__ __forceinline__ void load_outer(
-    Outer& x, u32 row_tile, u32 column_tile, int octet, int step, int row, u32 zeros, int lane
-) {
+// One step's vectors. Each lane says with here(part, matrix) where its row of an 8 × 8 matrix begins, the k of 8 steps in
+// the first two matrices and v in the others, and with zeros(part) where 16 bytes of zeros are. That is what the other steps
+// read, in both operands, since 0 · NaN is not 0.
+template <typename Here, typename Zeros>
+__device__ __forceinline__ void load_outer(Outer& x, int step, int lane, Here here, Zeros zeros) {
 #if PARTS < 3
     constexpr int matrices = 2 + NT;  // of 8 × 8, four at a time
 #pragma unroll
     for (int p = 0; p < PARTS; p++)
 #pragma unroll
         for (int i = 0; i < matrices; i += 4) {
-            const int matrix = i + lane / 8;
-            const u32 here = matrix < 2
-                ? tile_row(row_tile, p, ROWS, octet + lane % 8, row + 8 * matrix)
-                : tile_row(column_tile, p, V, octet + lane % 8, 8 * ((matrix - 2) % NT));
-            const u32 address = lane % 8 == step ? here : zeros;
+            const u32 address = lane % 8 == step ? here(p, i + lane / 8) : zeros(p);
             if (matrices - i > 2)
                 ldmatrix4_transposed(x.part[p] + i, address);
             else
@@ -299,27 +298,28 @@ __device__ __forceinline__ void load_outer(
 }
 
 // A number of a staged tile.
-__device__ __forceinline__ float tile_value(const char* tile, int columns, int step, int column) {
+__device__ __forceinline__ float tile_value(const char* tile, int stride, int step, int column) {
     float sum = 0.f;
 #pragma unroll
     for (int p = PARTS - 1; p >= 0; p--)
-        sum += __uint_as_float((u32)((const u16*)tile)[(p * CHUNK + step) * (columns + PAD) + column] << 16);
+        sum += __uint_as_float((u32)((const u16*)tile)[(p * CHUNK + step) * stride + column] << 16);
     return sum;
 }
 
 // x += r cᵀ. In three parts a product that overflows would be inf - inf, so float32 takes the
 // numbers themselves, of step `time` of the staged tiles.
+template <int ROW_STRIDE = ROWS + PAD, int COLUMN_STRIDE = V + PAD>
 __device__ __forceinline__ void add_outer(
     float (&x)[NT][4], const Outer& outer, int time, int row, const char* row_tile, const char* column_tile, int lane
 ) {
 #if PARTS == 3
-    const float upper = tile_value(row_tile, ROWS, time, row + lane / 4);
-    const float lower = tile_value(row_tile, ROWS, time, row + lane / 4 + 8);
+    const float upper = tile_value(row_tile, ROW_STRIDE, time, row + lane / 4);
+    const float lower = tile_value(row_tile, ROW_STRIDE, time, row + lane / 4 + 8);
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const float column = tile_value(column_tile, V, time, 8 * n + 2 * (lane % 4) + i);
+            const float column = tile_value(column_tile, COLUMN_STRIDE, time, 8 * n + 2 * (lane % 4) + i);
             x[n][i] = fmaf(upper, column, x[n][i]);
             x[n][i + 2] = fmaf(lower, column, x[n][i + 2]);
         }
@@ -329,14 +329,6 @@ __device__ __forceinline__ void add_outer(
         FOR_PARTS(i, j)
             mma8(x[n], outer.part[i][0], outer.part[i][1], outer.part[j][2 + n]);
 #endif
-}
-
-// y += x in the column of one of the 8 steps.
-__device__ __forceinline__ void add_column(float (&y)[4], const float (&x)[4], int step, int lane) {
-    if (lane % 4 == step / 2) {
-        y[step % 2] += x[step % 2];
-        y[step % 2 + 2] += x[step % 2 + 2];
-    }
 }
 
 // y (V × 8 steps) += Aᵀ r for the r of all 8 steps, of which one belongs to A.
@@ -380,23 +372,23 @@ __device__ __forceinline__ void copy(void* to, const void* from, bool valid) {
 __device__ __forceinline__ void copies_issued() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
-// A piece of a tensor's step, 16 bytes of bfloat16 or two numbers, to its place in a tile [PARTS][CHUNK][COLUMNS + PAD] of
-// bfloat16; zeros if it is not valid.
-template <int COLUMNS>
+// A piece of a tensor's step, 16 bytes of bfloat16 or two numbers, to its place in a tile [PARTS][CHUNK][STRIDE] of bfloat16;
+// zeros if it is not valid.
+template <int STRIDE>
 __device__ __forceinline__ void stage_piece(char* tile, const input_t* from, bool valid, u32 step, u32 column) {
 #if PARTS == 1
-    copy<16>(tile + 2 * (step * (COLUMNS + PAD) + column), from, valid);
+    copy<16>(tile + 2 * (step * STRIDE + column), from, valid);
 #else
     u32 parts[PARTS];
     split(valid ? load_as_float(from, 0) : 0.f, valid ? load_as_float(from, 1) : 0.f, parts);
 #pragma unroll
-    for (int p = 0; p < PARTS; p++) *(u32*)(tile + 2 * ((p * CHUNK + step) * (COLUMNS + PAD) + column)) = parts[p];
+    for (int p = 0; p < PARTS; p++) *(u32*)(tile + 2 * ((p * CHUNK + step) * STRIDE + column)) = parts[p];
 #endif
 }
 
-template <int COLUMNS>
+template <int STRIDE>
 __device__ constexpr int tile_bytes() {
-    return PARTS * CHUNK * (COLUMNS + PAD) * 2;
+    return PARTS * CHUNK * STRIDE * 2;
 }
 
 // --------------------------------------------------------------------------------------------------- slices
@@ -475,13 +467,12 @@ __device__ __forceinline__ void update(float (&z)[NT][4], const Packed& state, c
         for (int i = 0; i < 4; i++) z[n][i] = tanh_of(z[n][i]);
 }
 
-// H ← f H + (1 - f) Z
-__device__ __forceinline__ void blend(float (&h)[NT][4], const float (&z)[NT][4], float f) {
-    const float g = 1.f - f;
+// H ← f H + (1 - f) Z for g = 1 - f; where that is 0, H stays the same bits.
+__device__ __forceinline__ void blend(float (&h)[NT][4], const float (&z)[NT][4], float g) {
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) h[n][i] = fmaf(f, h[n][i], g * z[n][i]);
+        for (int i = 0; i < 4; i++) h[n][i] = fmaf(-g, h[n][i] - z[n][i], h[n][i]);
 }
 
 __device__ __forceinline__ void clear(float (&x)[NT][4]) {

@@ -1,5 +1,8 @@
 // The forward pass: y, the final state and a state every CHUNK steps. A block is one head (SLOTS is 1).
 
+// k and v of a step side by side, then zeros: see load_outer(). An odd number of 16 bytes, so that ldmatrix meets no bank
+// conflict.
+#define KV_ROW (ROWS + V + (V == 8 ? 16 : 8))
 #define Y_ROW (V + 4)  // padded, so that the lanes of a warp meet different banks
 
 struct Forward {
@@ -16,17 +19,15 @@ struct Forward {
 };
 
 struct ForwardShared {  // two chunks: while one is worked on, the next is on its way
-    char q[2][tile_bytes<ROWS>()];
-    char k[2][tile_bytes<ROWS>()];
-    char v[2][tile_bytes<V>()];
-    float f[2][CHUNK];
+    char q[2][tile_bytes<ROWS + PAD>()];
+    char kv[2][tile_bytes<KV_ROW>()];
+    float g[2][CHUNK];  // 1 - f
     float y[2][WARPS][CHUNK][Y_ROW];
-    float zeros[4];
 };
 static_assert(sizeof(ForwardShared) == SHARED_BYTES, "the launcher counts otherwise");
 
 // A thread's share of the copies of one tensor, a chunk after the other. Its pieces of a tile lie below one another.
-template <int COLUMNS>
+template <int COLUMNS, int STRIDE>
 struct Copies {
     static constexpr u32 width = PARTS == 1 ? 8 : 2, across = COLUMNS / width, down = THREADS / across;
     const input_t* data;  // the tensor
@@ -51,13 +52,25 @@ struct Copies {
             const int step = row + j * down;
             if (CHUNK % down != 0 && step >= CHUNK) break;
             const bool valid = inside && (WHOLE || (step >= low && step < high));
-            stage_piece<COLUMNS>(tile, WHOLE || valid ? from + j * (down * stride) : data, valid, step, column);
+            stage_piece<STRIDE>(tile, WHOLE || valid ? from + j * (down * stride) : data, valid, step, column);
         }
         from += CHUNK * stride;
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_forward(const Forward p) {
+// The places of one step's k and v, as operands.
+__device__ __forceinline__ void load_key_value(Outer& x, u32 tile, int octet, int step, int row, int lane) {
+    const u32 own = 2 * (lane % 8 * KV_ROW), part = 2 * CHUNK * KV_ROW, first = tile + 2 * octet * KV_ROW;
+    load_outer(
+        x, step, lane,
+        [&](int p, int matrix) {
+            return first + p * part + (own + 2 * (matrix < 2 ? row + 8 * matrix : ROWS + 8 * ((matrix - 2) % NT)));
+        },
+        [&](int p) { return first + p * part + (own + 2 * (ROWS + V)); });
+}
+
+// TOGETHER is 1 where there are few heads, so that the compiler may take all registers, else 0: as it likes.
+extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER) m2rnn_forward(const Forward p) {
     extern __shared__ __align__(16) char memory[];
     ForwardShared& shared = *(ForwardShared*)memory;
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -65,10 +78,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_forward(const Forwar
     const int head = unit % p.heads, row = 16 * warp;
     const i64 sequence = unit / p.heads, batch = p.offsets ? 0 : sequence;
     const i64 begin = p.offsets ? p.offsets[sequence] : 0, end = p.offsets ? p.offsets[sequence + 1] : p.steps;
-    const i64 from = slice * p.slice > begin ? slice * p.slice : begin;  // the slice's part of the sequence
-    const i64 to = (slice + 1) * p.slice < end ? (slice + 1) * p.slice : end;
-    const u32 zeros = shared_address(shared.zeros);
-    if (thread < 4) shared.zeros[thread] = 0.f;
+    // The slice's part of the sequence. Slices count from its begin, so that all sequences of a pack are worked on at once
+    const i64 slice_begin = begin / CHUNK * CHUNK + slice * p.slice, slice_end = slice_begin + p.slice;
+    const i64 from = slice_begin > begin ? slice_begin : begin, to = slice_end < end ? slice_end : end;
+    if (from >= to && slice > 0) return;
+    for (int i = thread; i < 2 * PARTS * CHUNK * 4; i += THREADS)  // both buffers follow one another
+        *(u32*)(shared.kv[0] + 2 * (i / 4 * KV_ROW + ROWS + V + i % 4 * 2)) = 0;
 
     const i64 state_offset = (sequence * p.heads + head) * p.key_dim * V;
     u32* finished = p.finished ? p.finished + unit : nullptr;
@@ -89,25 +104,32 @@ extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_forward(const Forwar
     auto high = [&](u32 chunk) { return chunk + 1 == chunks ? last_high : CHUNK; };
 
     // Places in tensors move from chunk to chunk: an addition is less than to compute them again
-    Copies<ROWS> q(p.q, batch, head, p.key_dim, first_chunk), k(p.k, batch, head, p.key_dim, first_chunk);
-    Copies<V> v(p.v, batch, head, V, first_chunk);
+    Copies<ROWS, ROWS + PAD> q(p.q, batch, head, p.key_dim, first_chunk);
+    Copies<ROWS, KV_ROW> k(p.k, batch, head, p.key_dim, first_chunk);
+    Copies<V, KV_ROW> v(p.v, batch, head, V, first_chunk);
     const float* f = (const float*)p.f.data + batch * p.f.batch + head / p.f.repeat * p.f.head;
     f += (first_chunk + thread) * p.f.time;
+    float next_f;
     auto stage_inputs = [&](u32 chunk, int buffer) {
         const int valid_from = low(chunk), valid_to = high(chunk);
         if (valid_from == 0 && valid_to == CHUNK) {
             q.template chunk<true>(shared.q[buffer], 0, CHUNK);
-            k.template chunk<true>(shared.k[buffer], 0, CHUNK);
-            v.template chunk<true>(shared.v[buffer], 0, CHUNK);
+            k.template chunk<true>(shared.kv[buffer], 0, CHUNK);
+            v.template chunk<true>(shared.kv[buffer] + 2 * ROWS, 0, CHUNK);
         } else {
             q.template chunk<false>(shared.q[buffer], valid_from, valid_to);
-            k.template chunk<false>(shared.k[buffer], valid_from, valid_to);
-            v.template chunk<false>(shared.v[buffer], valid_from, valid_to);
+            k.template chunk<false>(shared.kv[buffer], valid_from, valid_to);
+            v.template chunk<false>(shared.kv[buffer] + 2 * ROWS, valid_from, valid_to);
         }
         if (thread < CHUNK)  // f = 1 outside of the sequence leaves the state as it is
-            copy<4>(&shared.f[buffer][thread], thread >= valid_from && thread < valid_to ? f : &one, true);
+            next_f = thread >= valid_from && thread < valid_to ? *f : 1.f;
         f += CHUNK * p.f.time;
         copies_issued();
+    };
+    auto inputs_arrived = [&](int buffer) {
+        if (thread < CHUNK) shared.g[buffer][thread] = 1.f - next_f;
+        copies_done();
+        __syncthreads();
     };
 
     const u32 chunk_states = p.heads * p.key_dim * V;
@@ -122,9 +144,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_forward(const Forwar
 
     if (chunks) {
         stage_inputs(0, 0);
-        copies_done();
+        inputs_arrived(0);
     }
-    __syncthreads();
     int buffer = 0;
     for (u32 chunk = 0; chunk < chunks; chunk++, buffer ^= 1) {
         if (chunk + 1 < chunks) stage_inputs(chunk + 1, buffer ^ 1);
@@ -132,42 +153,47 @@ extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_forward(const Forwar
             if (chunk > 0 || from > begin) save_state(h, saved, row, p.key_dim, lane);
             saved += chunk_states;
         }
-        const char *k_tile = shared.k[buffer], *v_tile = shared.v[buffer];
+        const char* kv = shared.kv[buffer];
 #pragma unroll 1
         for (int octet = 0; octet < CHUNK; octet += 8) {
             if (octet + 8 <= low(chunk) || octet >= high(chunk)) continue;
             RowSteps queries;
             load_rows(queries, shared_address(shared.q[buffer]), octet, row, lane);
             alignas(16) float gates[8];
-            *(float4*)gates = *(const float4*)&shared.f[buffer][octet];
-            *(float4*)(gates + 4) = *(const float4*)&shared.f[buffer][octet + 4];
+            *(float4*)gates = *(const float4*)&shared.g[buffer][octet];
+            *(float4*)(gates + 4) = *(const float4*)&shared.g[buffer][octet + 4];
 
-            float y[KS][4] = {};
+            float y[KS][4];
             float z[NT][4];  // k vᵀ of the next step, computed ahead, then Z
             Outer outer;
-            load_outer(outer, shared_address(k_tile), shared_address(v_tile), octet, 0, row, zeros, lane);
-            clear(z);
-            add_outer(z, outer, octet, row, k_tile, v_tile, lane);
+            auto multiply_key_value = [&](float(&x)[NT][4], int step) {
+                load_key_value(outer, shared_address(kv), octet, step, row, lane);
+                clear(x);
+                add_outer<KV_ROW, KV_ROW>(x, outer, octet + step, row, kv, kv + 2 * ROWS, lane);
+            };
+            multiply_key_value(z, 0);
 #pragma unroll UNROLLED
             for (int step = 0; step < 8; step++) {
-                float sums[KS][4] = {};
-                if (step < 7)
-                    load_outer(outer, shared_address(k_tile), shared_address(v_tile), octet, step + 1, row, zeros, lane);
                 float ahead[NT][4];
-                clear(ahead);
-                if (step < 7) add_outer(ahead, outer, octet + step + 1, row, k_tile, v_tile, lane);
+                if (step < 7) multiply_key_value(ahead, step + 1);
                 update(z, packed, weight);
                 blend(h, z, gates[step]);
                 pack(packed, h);
+                float columns[KS][4] = {};  // of 8 steps, one of which is this
                 Transposed transposed;
                 transpose(transposed, packed);
-                add_transposed_product(sums, transposed, queries);
+                add_transposed_product(columns, transposed, queries);
 #pragma unroll
-                for (int n = 0; n < NT; n++)
+                for (int k = 0; k < KS; k++)
+                    if (step < 2 || lane % 4 == step / 2) {
+                        y[k][step % 2] = columns[k][step % 2];
+                        y[k][step % 2 + 2] = columns[k][step % 2 + 2];
+                    }
+                if (step < 7)
 #pragma unroll
-                    for (int i = 0; i < 4; i++) z[n][i] = ahead[n][i];
+                    for (int n = 0; n < NT; n++)
 #pragma unroll
-                for (int k = 0; k < KS; k++) add_column(y[k], sums[k], step, lane);
+                        for (int i = 0; i < 4; i++) z[n][i] = ahead[n][i];
             }
 #pragma unroll
             for (int tile = 0; tile < KS; tile++)
@@ -177,8 +203,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) m2rnn_forward(const Forwar
                     if (column < V) shared.y[buffer][warp][step][column] = y[tile][i];
                 }
         }
-        copies_done();
-        __syncthreads();
+        inputs_arrived(buffer ^ 1);
 #pragma unroll
         for (int j = 0; j < (CHUNK + y_down - 1) / y_down; j++) {
             const int step = y_step + j * y_down;

@@ -20,7 +20,8 @@ from m2rnn.ops.shapes import cuda_parts, cuda_width, head_count, output_dtype
 
 PAD = 8  # as in common.cuh
 FORWARD_SLICE, BACKWARD_SLICE = 256, 512  # steps of the shortest slice of time, long against a block's start
-PARTIAL_BYTES = 64 << 20  # for sums of dq and dk over groups of heads
+# For sums of dq and dk over groups of heads. Sequences of a pack are worked on at once where all of their time fits.
+PARTIAL_BYTES, PACKED_PARTIAL_BYTES = 64 << 20, 512 << 20
 # A step of the backward pass on a multiprocessor of an H100, by its warps: 4 (and 4 that work ahead), 8 (and 8), 12 and
 # 16. And what a block's partial sums of a step cost, with all multiprocessors at it.
 STEP_NS = (230, 366, 520, 617)
@@ -77,7 +78,7 @@ class _Variant:
     parts: int
     clip: bool = False
     ahead: bool = False
-    together: int = 1  # blocks of the backward pass that a multiprocessor runs at a time
+    together: int = 1  # blocks that a multiprocessor runs at a time; 0, forward: as many as fit
 
     def macros(self, source: str) -> tuple[tuple[str, int], ...]:
         return (
@@ -96,22 +97,23 @@ class _Variant:
     def rows(self) -> int:
         return 16 * self.warps
 
-    def tile_bytes(self, columns: int) -> int:
-        return self.parts * CHUNK * (columns + PAD) * 2
+    def tile_bytes(self, stride: int) -> int:
+        return self.parts * CHUNK * stride * 2
 
     def shared_bytes(self, source: str) -> int:
         """The size of ForwardShared or BackwardShared, which the sources check."""
         if source == "forward":
-            inputs = 2 * self.tile_bytes(self.rows) + self.tile_bytes(self.value_dim) + 4 * CHUNK
+            keys_values = self.rows + self.value_dim + (16 if self.value_dim == 8 else 8)
+            inputs = self.tile_bytes(self.rows + PAD) + self.tile_bytes(keys_values) + 4 * CHUNK
             sums = self.warps * CHUNK * (self.value_dim + 4) * 4
-            return 2 * (inputs + sums) + 16
+            return 2 * (inputs + sums)
         registers, operands = 2 if self.value_dim == 8 else 4, -(-self.value_dim // 16)
         states = self.parts * operands * 32 * 4 * registers
         gradients = 2 * 8 * (2 + operands) * 8
         pair = _multiple(max(states, gradients), 4 * registers)
         kept = (1 + self.ahead) * self.warps * (CHUNK // 8 * _multiple(4 * pair + 4 * 8, 64) + states)
-        rows = 2 * self.tile_bytes(self.rows)
-        columns = 2 * self.tile_bytes(self.value_dim) + 4 * CHUNK
+        rows = 2 * self.tile_bytes(self.rows + PAD)
+        columns = 2 * self.tile_bytes(self.value_dim + PAD) + 4 * CHUNK
         saved = self.warps * 16 * self.value_dim * (2 if self.parts == 1 else 4)
         inputs = (3 if self.ahead else 1) * (rows + self.slots * (columns + saved))
         place = 10 * 8
@@ -203,15 +205,17 @@ def _fits(variant: _Variant, limit: int, total: int) -> bool:
     return size <= limit and variant.together * (size + reserved) <= total
 
 
-def _slices(units: int, together: int, steps: int, shortest: int, device: torch.device) -> int:
-    """The length of slices of time, or ``steps`` if units spread evenly over the GPU.
+def _slices(units: int, together: int, steps: int, sequence_steps: int, shortest: int, device: torch.device) -> int:
+    """The length of slices of time, not less than ``steps`` if units spread evenly over the GPU.
 
-    Not where the busiest multiprocessor runs all of its units ``together``.
+    Not where the busiest multiprocessor runs all of its units ``together``. A slice is a part of a sequence, of
+    ``sequence_steps`` on average, and there are blocks for one of ``steps``.
     """
+    whole = _multiple(max(steps, 1), CHUNK)
     busiest = -(-units // _multiprocessors(device))
-    if busiest <= together or busiest * _multiprocessors(device) < 1.03 * units or steps < 4 * shortest:
-        return max(steps, 1)
-    return max(shortest, _multiple(steps // 64, CHUNK))
+    if busiest <= together or busiest * _multiprocessors(device) < 1.03 * units or sequence_steps < 4 * shortest:
+        return whole
+    return max(shortest, _multiple(max(sequence_steps // 64, steps // 256), CHUNK))
 
 
 @lru_cache
@@ -275,8 +279,9 @@ def forward(
 
     with torch.cuda.device(q.device):
         units = sequences * heads
-        variant = _variant(key_dim, 1, q, k, v)
-        length = _slices(units, 2, steps, FORWARD_SLICE, q.device)
+        few = units <= 2 * _multiprocessors(q.device)
+        variant = replace(_variant(key_dim, 1, q, k, v), together=int(few))
+        length = _slices(units, 2, steps, steps * batch // max(sequences, 1), FORWARD_SLICE, q.device)
         slices = max(-(-steps // length), 1)  # without steps too, the final state is the initial one
         finished = torch.zeros(units, dtype=torch.int32, device=q.device) if slices > 1 else None
         arguments = _Forward(
@@ -357,8 +362,12 @@ def backward(
         rows = [x.shape[2] * key_stride for x in (q, k)]
         parts_dtype = q.dtype if variant.parts == 1 else torch.float32
         step_bytes = sum(parts_dtype.itemsize * batch * g * row for g, row in zip(groups, rows, strict=True) if g > 1)
-        length = _slices(units, variant.together, steps, BACKWARD_SLICE, q.device)
-        window, length = _window(steps, step_bytes, length)
+        length = _slices(
+            units, variant.together, steps, steps * batch // max(sequences, 1), BACKWARD_SLICE, q.device
+        )
+        window, length = _window(
+            steps, step_bytes, length, PARTIAL_BYTES if offsets is None else PACKED_PARTIAL_BYTES
+        )
         windows, slices = -(-steps // window), -(-window // length)
         sums = [
             q.new_empty(min(windows, 2) * g * batch * window * row, dtype=parts_dtype) if g > 1 else None
@@ -386,11 +395,11 @@ def backward(
     )  # fmt: skip
 
 
-def _window(steps: int, step_bytes: int, slice_length: int) -> tuple[int, int]:
+def _window(steps: int, step_bytes: int, slice_length: int, limit: int) -> tuple[int, int]:
     """Steps of a window of time and of its slices: whole slices, windows about equal, sums of two windows fit."""
-    if steps * step_bytes <= PARTIAL_BYTES:
+    if steps * step_bytes <= limit:
         return max(steps, 1), slice_length
-    fit = max(PARTIAL_BYTES // 2 // step_bytes // CHUNK, 1) * CHUNK
+    fit = max(limit // 2 // step_bytes // CHUNK, 1) * CHUNK
     unit = slice_length if slice_length < fit else CHUNK
     count = -(-steps // unit)
     window = -(-count // -(-count // (fit // unit))) * unit
