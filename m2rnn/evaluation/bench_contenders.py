@@ -16,6 +16,7 @@ from m2rnn.ops import m2rnn_scan, reference
 from m2rnn.training.track_settings import SettingsError
 
 STATE_CLIP = 1.0  # as in the paper's models
+GRADIENT = 1e-5  # of y: as small as that of a mean over the tokens of a step, so that the clip leaves it as it is
 HEAD_DIM = 64  # of attention in the paper's models
 DELTA_KEY_DIM, DELTA_VALUE_DIM = 256, 512  # of Gated DeltaNet in the paper's models
 # Heads of attention and of Gated DeltaNet in the paper's models, by the size of their M2RNN's state.
@@ -104,6 +105,7 @@ def scan_inputs(shape: Shape, device: str, dtype: torch.dtype) -> tuple[Tensor, 
 def _with_gradients(inputs: tuple[Tensor, ...], output: Tensor) -> Tensors:
     generator = torch.Generator(output.device).manual_seed(1)
     dy = torch.randn(output.shape, dtype=output.dtype, device=output.device, generator=generator)
+    dy *= GRADIENT
     return Tensors(tuple(x.detach().requires_grad_() for x in inputs), dy)
 
 
