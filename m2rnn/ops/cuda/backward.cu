@@ -111,13 +111,6 @@ __device__ __forceinline__ bool within_limit(
     return __all_sync(0xffffffffu, f >= 0.f && f <= 1.f && growth * fmaf(8.f, product, c) <= limit);
 }
 
-struct Yes {
-    static constexpr bool value = true;
-};
-struct No {
-    static constexpr bool value = false;
-};
-
 struct Octet {  // 8 steps of the inputs, as operands for products with the matrix of one of them
     RowSteps keys;
     ColumnSteps values, dys;
@@ -595,8 +588,8 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
                 auto clamp_carry = [&](int step) {  // steps before the sequence leave it as it is, unclamped too
                     clamp(d.carry, octet + step >= low(first) ? p.clip : __uint_as_float(0x7f800000u));
                 };
-                // Without the clamp there is nothing to branch on, and the compiler orders all 8 steps
-                auto walk_octet = [&](auto clamps) {
+                // Twice, for each constant: without the clamp there is no branch, and the compiler orders all 8 steps
+                auto walk_octet = [&](bool clamps) __attribute__((always_inline)) {
 #pragma unroll UNROLLED
                     for (int step = 6; step >= 0; step -= 2) {
                         Pair& pair = octet_kept.pairs[step / 2];
@@ -625,10 +618,10 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
                         clear(z1);
                         add_outer(z1, key_value[1], octet + step + 1, row, in.k, in.v[slot], lane);
                         update(z1, between, weight);
-                        if (clamps.value) clamp_carry(step + 1);
+                        if (clamps) clamp_carry(step + 1);
                         add_outer(d.carry, query_dy[1], octet + step + 1, row, in.q, in.dy[slot], lane);
                         step_back(d, dv[1], pair, operands, f.y, step + 1, h1, between, z1, next, transposed_weight, lane);
-                        if (clamps.value) clamp_carry(step);
+                        if (clamps) clamp_carry(step);
                         add_outer(d.carry, query_dy[0], octet + step, row, in.q, in.dy[slot], lane);
                         step_back(d, dv[0], pair, operands, f.x, step, h0, before, z0, between, transposed_weight, lane);
                         next = before;
@@ -639,16 +632,16 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
                     }
                 };
 #if !CLIP
-                walk_octet(No());
+                walk_octet(false);
 #elif PARTS > 1
-                walk_octet(Yes());
+                walk_octet(true);
 #else
                 RowSteps queries;
                 load_rows(queries, q_tile, octet, row, lane);
                 if (within_limit(d.carry, queries, operands.dys, in.f[slot][octet + lane % 8], place.omega, p.clip))
-                    walk_octet(No());
+                    walk_octet(false);
                 else
-                    walk_octet(Yes());
+                    walk_octet(true);
 #endif
                 const float df = sum_lanes(d.f, lane);
                 if (lane < 8) octet_kept.df[lane] = df;
