@@ -32,6 +32,7 @@ from m2rnn.ops.shapes import (
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _BACKENDS = ("reference", "cpu", "triton", "cuda")
 _PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "meta": ("reference",)}  # by device, the fastest first
+_TRITON_FIRST = _PREFERRED | {"cuda": ("triton", "cuda")}
 
 
 def m2rnn_scan(
@@ -229,9 +230,11 @@ def choose_backend(
 
 def _resolve(backend: str | None, q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor) -> str:
     """The backend for these tensors; raises if the one asked for cannot run on them."""
-    device = q.device.type
+    # W and the state of a wide head leave the CUDA kernels too few registers, and one token too little to do
+    triton_first = output_dtype(q, k, v).itemsize == 2 and (v.shape[-1] > 32 or q.shape[1] == 1)
+    preferred = _TRITON_FIRST if triton_first else _PREFERRED
     return choose_backend(
-        "m2rnn_scan", backend, device, _PREFERRED, lambda name: _why_not(name, q, k, v, f, weight)
+        "m2rnn_scan", backend, q.device.type, preferred, lambda name: _why_not(name, q, k, v, f, weight)
     )  # fmt: skip
 
 
