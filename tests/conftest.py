@@ -1,8 +1,10 @@
 """What every test gets: poisoned memory, one thread, a fixed seed, one run per backend of this machine."""
 
 import ctypes
+import gc
 import os
 import random
+from collections.abc import Iterator
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic mode without it
 # numba fixes its largest pool at import; the thread-count tests want more threads than two cores have.
@@ -75,3 +77,12 @@ def _same_start_for_every_test():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _large_memory_goes_back() -> Iterator[None]:
+    """Several test processes share a GPU, and PyTorch keeps what a test with large tensors has freed."""
+    yield
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 1 << 30:
+        gc.collect()
+        torch.cuda.empty_cache()

@@ -66,7 +66,7 @@ struct Place {
     const float* f;
     const saved_t* saved;
     i64 dq, dk, head;  // elements
-    float omega;       // see within_limit()
+    float omega;       // see unclamped_limit()
 };
 
 struct BackwardShared {
@@ -85,31 +85,53 @@ struct Gradients {
     float f[8];               // of 8 steps, this lane's share
 };
 
-// Whether |c| cannot reach the limit within the next 8 steps, so that the clamp has nothing to do. With 0 ≤ f ≤ 1 a step
-// takes the largest |G| = |q dyᵀ + c| to at most f + (1 - f) ω times as much, ω ≥ 1 not less than the sum over a row of |W|;
-// 1.02 leaves room for roundings. Each lane has the f of step lane % 8. NaN is not within the limit.
-__device__ __forceinline__ u32 largest(u32 pair) {  // of two bfloat16, by magnitude, as the bits of a float32
-    const u32 high = pair & 0x7fff0000u, low = pair << 16 & 0x7fff0000u;
-    return high > low ? high : low;
+// The loop over 8 steps is there twice, with the clamp and without: a branch in each step would keep the compiler from
+// interleaving them. For wide states that is more code than the instruction cache holds.
+#define BOUNDED (CLIP && PARTS == 1 && V <= 16)
+
+#if BOUNDED
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
+    return a;
 }
-__device__ __forceinline__ bool within_limit(
-    const float (&carry)[NT][4], const RowSteps& queries, const ColumnSteps& dys, float f, float omega, float limit
-) {
-    u32 q = largest(queries.part[0][0]), dy = 0;
-    q = max(q, largest(queries.part[0][1]));
-    float c = 0.f;
+__device__ __forceinline__ float largest(const uint4* x, int count) {  // of bfloat16, by magnitude; NaN if there is one
+    u32 pair = 0;
 #pragma unroll
-    for (int n = 0; n < NT; n++) {
-        dy = max(dy, largest(dys.part[0][n]));
+    for (int i = 0; i < count; i++) {
+        const u32 pairs[] = {x[i].x, x[i].y, x[i].z, x[i].w};
 #pragma unroll
-        for (int i = 0; i < 4; i++) asm("max.NaN.f32 %0, %0, %1;" : "+f"(c) : "f"(fabsf(carry[n][i])));
+        for (int j = 0; j < 4; j++) asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(pair) : "r"(pairs[j] & 0x7fff7fffu));
     }
-    float growth = 1.02f * fmaf(f, 1.f - omega, omega);
-#pragma unroll
-    for (int width = 1; width < 8; width *= 2) growth *= __shfl_xor_sync(0xffffffffu, growth, width);
-    const float product = __uint_as_float(largest_of_warp(q)) * __uint_as_float(largest_of_warp(dy));
-    return __all_sync(0xffffffffu, f >= 0.f && f <= 1.f && growth * fmaf(8.f, product, c) <= limit);
+    return max_or_nan(low_bf16(pair), high_bf16(pair));
 }
+
+// Up to which |c| the clamp has nothing to do in an octet of the staged chunk; lanes 8 i to 8 i + 7 return that of octet i.
+// Where 0 ≤ f ≤ 1, a step takes the largest |G| = |q dyᵀ + c| to at most f + (1 - f) ω times as much, ω ≥ 1 not less than
+// the sum over a row of |W|; 1.02 leaves room for roundings. NaN if f is something else, or for NaN.
+__device__ __forceinline__ float unclamped_limit(
+    const char* q, const char* dy, const float* f, float omega, float limit, int row, int lane
+) {
+    const bool inside = f[lane] >= 0.f && f[lane] <= 1.f;
+    float growth = inside ? 1.02f * fmaf(f[lane], 1.f - omega, omega) : __uint_as_float(0x7fc00000u);
+    float largest_q = largest((const uint4*)(q + 2 * (lane * (ROWS + PAD) + row)), 2);
+    float largest_dy = largest((const uint4*)(dy + 2 * lane * (V + PAD)), V / 8);
+#pragma unroll
+    for (int width = 1; width < 8; width *= 2) {
+        growth *= __shfl_xor_sync(0xffffffffu, growth, width);
+        largest_q = max_or_nan(largest_q, __shfl_xor_sync(0xffffffffu, largest_q, width));
+        largest_dy = max_or_nan(largest_dy, __shfl_xor_sync(0xffffffffu, largest_dy, width));
+    }
+    return __fdividef(limit, growth) - 8.f * largest_q * largest_dy;
+}
+__device__ __forceinline__ bool within(const float (&x)[NT][4], float limit) {
+    float largest = 0.f;
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) largest = max_or_nan(largest, fabsf(x[n][i]));
+    return __all_sync(0xffffffffu, largest <= limit);
+}
+#endif
 
 struct Octet {  // 8 steps of the inputs, as operands for products with the matrix of one of them
     RowSteps keys;
@@ -457,7 +479,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
     Matrix weight, transposed_weight;
     load_matrix(weight, p.weight + head / p.weight_repeat * V * V, false, lane);
     load_matrix(transposed_weight, p.weight + head / p.weight_repeat * V * V, true, lane);
-#if CLIP && PARTS == 1
+#if BOUNDED
     float omega = 1.f;
     for (int i = lane; i < V; i += 32) {
         float sum = 0.f;
@@ -575,6 +597,9 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
             const u32 v_tile = shared_address(in.v[slot]), dy_tile = shared_address(in.dy[slot]);
 #pragma unroll
             for (int k = 0; k < KS; k++) clear(d.weight[k]);
+#if BOUNDED
+            const float unclamped = unclamped_limit(in.q, in.dy[slot], in.f[slot], place.omega, p.clip, row, lane);
+#endif
             Packed next;
             load_packed(next, shared.end[keep][slot][warp], lane);
 #pragma unroll 1
@@ -588,7 +613,6 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
                 auto clamp_carry = [&](int step) {  // steps before the sequence leave it as it is, unclamped too
                     clamp(d.carry, octet + step >= low(first) ? p.clip : __uint_as_float(0x7f800000u));
                 };
-                // Twice, for each constant: without the clamp there is no branch, and the compiler orders all 8 steps
                 auto walk_octet = [&](bool clamps) __attribute__((always_inline)) {
 #pragma unroll UNROLLED
                     for (int step = 6; step >= 0; step -= 2) {
@@ -631,17 +655,13 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
                             for (int k = 0; k < KS; k++) store_column(pair.gradients.dv[i][k], dv[i][k], step + i, lane);
                     }
                 };
-#if !CLIP
-                walk_octet(false);
-#elif PARTS > 1
-                walk_octet(true);
-#else
-                RowSteps queries;
-                load_rows(queries, q_tile, octet, row, lane);
-                if (within_limit(d.carry, queries, operands.dys, in.f[slot][octet + lane % 8], place.omega, p.clip))
+#if BOUNDED
+                if (within(d.carry, __shfl_sync(0xffffffffu, unclamped, octet)))
                     walk_octet(false);
                 else
                     walk_octet(true);
+#else
+                walk_octet(CLIP);
 #endif
                 const float df = sum_lanes(d.f, lane);
                 if (lane < 8) octet_kept.df[lane] = df;
