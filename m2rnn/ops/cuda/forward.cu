@@ -69,7 +69,7 @@ __device__ __forceinline__ void load_key_value(Outer& x, u32 tile, int octet, in
         [&](int p) { return first + p * part + (own + 2 * (ROWS + V)); });
 }
 
-// TOGETHER is 1 where there are few heads, so that the compiler may take all registers, else 0: as it likes.
+// TOGETHER blocks run on a multiprocessor at a time; 0: as many as the compiler guesses.
 extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER) m2rnn_forward(const Forward p) {
     extern __shared__ __align__(16) char memory[];
     ForwardShared& shared = *(ForwardShared*)memory;

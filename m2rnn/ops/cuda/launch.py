@@ -78,7 +78,7 @@ class _Variant:
     parts: int
     clip: bool = False
     ahead: bool = False
-    together: int = 1  # blocks that a multiprocessor runs at a time; 0, forward: as many as fit
+    together: int = 1  # blocks that a multiprocessor runs at a time; 0, forward: as the compiler guesses
 
     def macros(self, source: str) -> tuple[tuple[str, int], ...]:
         return (
@@ -279,8 +279,11 @@ def forward(
 
     with torch.cuda.device(q.device):
         units = sequences * heads
-        few = units <= 2 * _multiprocessors(q.device)
-        variant = replace(_variant(key_dim, 1, q, k, v), together=int(few))
+        variant = _variant(key_dim, 1, q, k, v)
+        # As many blocks as a multiprocessor gets, for which the compiler may take registers; its own guess is the best at
+        # V = 16, but leaves registers for blocks that do not come where heads are few or shared memory is short
+        together = 1 if units <= 2 * _multiprocessors(q.device) else 3 if value_dim == 32 and variant.parts == 1 else 0
+        variant = replace(variant, together=together)
         length = _slices(units, 2, steps, steps * batch // max(sequences, 1), FORWARD_SLICE, q.device)
         slices = max(-(-steps // length), 1)  # without steps too, the final state is the initial one
         finished = torch.zeros(units, dtype=torch.int32, device=q.device) if slices > 1 else None
