@@ -101,24 +101,29 @@ class TokenDataset:
     def __init__(self, folder: str | Path, split: str = "train") -> None:
         self.folder, self.split = Path(folder), split
         self.manifest = read_manifest(folder)
-        if split not in self.manifest["splits"]:
-            raise DataError(f"{folder} has no split {split!r}, but {', '.join(self.manifest['splits'])}")
-        described = self.manifest["splits"][split]
-        self.num_tokens: int = described["tokens"]
-        self.num_documents: int = described["documents"]
-        self.num_bytes: int = described["bytes"]
-        tokenizer = self.manifest["tokenizer"]
-        self.vocab_size: int = tokenizer["vocab_size"]
-        self.eos_token_id: int = tokenizer["eos_token_id"]
-        self.pad_token_id: int = self.eos_token_id if tokenizer["pad_token_id"] is None else tokenizer["pad_token_id"]
-        self.tokenizer_hash: str = tokenizer["sha256"]
-        dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
+        try:
+            if split not in self.manifest["splits"]:
+                raise DataError(f"{folder} has no split {split!r}, but {', '.join(self.manifest['splits'])}")
+            described = self.manifest["splits"][split]
+            self.num_tokens: int = described["tokens"]
+            self.num_documents: int = described["documents"]
+            self.num_bytes: int = described["bytes"]
+            documents_hash: str = described["documents_sha256"]
+            tokenizer = self.manifest["tokenizer"]
+            self.vocab_size: int = tokenizer["vocab_size"]
+            self.eos_token_id: int = tokenizer["eos_token_id"]
+            pad = tokenizer["pad_token_id"]
+            self.pad_token_id: int = self.eos_token_id if pad is None else pad
+            self.tokenizer_hash: str = tokenizer["sha256"]
+            dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{self.folder / MANIFEST} is damaged ({error!r}): {MEND}") from None
         self.tokens = self._open(self.tokens_path, dtype, self.num_tokens)
         self.ends = self._open(self.documents_path, ENDS, self.num_documents)
         checked = self.folder / checksums_name(split)
         self._checksums = self._open(checked, CHECKSUMS, -(-self.tokens.nbytes // PIECE))
         self._is_checked = np.zeros(len(self._checksums), bool)
-        if file_hash(self.documents_path) != described["documents_sha256"]:
+        if file_hash(self.documents_path) != documents_hash:
             raise self._damaged(self.documents_path)
 
     @property

@@ -79,6 +79,8 @@ def test_a_folder_that_is_not_finished_is_refused(data, tmp_path):
         content[:-20]: "manifest.json is damaged",
         "[]": "manifest.json is damaged",
         json.dumps(json.loads(content) | {"format": "m2rnn tokens 0"}): "has the format 'm2rnn tokens 0'",
+        json.dumps({"format": json.loads(content)["format"]}): r"manifest.json is damaged \(KeyError\('splits'\)\)",
+        json.dumps(json.loads(content) | {"splits": {"train": 3}}): r"manifest.json is damaged \(TypeError",
     }.items():
         manifest.write_text(changed)
         with pytest.raises(DataError, match=message):
