@@ -58,7 +58,7 @@ struct Copies {
     }
 };
 
-// The places of one step's k and v, as operands.
+// One step's k and v, as operands.
 __device__ __forceinline__ void load_key_value(Outer& x, u32 tile, int octet, int step, int row, int lane) {
     const u32 own = 2 * (lane % 8 * KV_ROW), part = 2 * CHUNK * KV_ROW, first = tile + 2 * octet * KV_ROW;
     load_outer(
@@ -219,8 +219,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER) m2rnn_forward(co
         }
         y_out += CHUNK * (i64)y_stride;
     }
-    if (from < to || slice == 0)  // an empty sequence ends as it starts
-        store_state(h, p.final + state_offset, row, p.key_dim, lane);
+    store_state(h, p.final + state_offset, row, p.key_dim, lane);  // an empty sequence ends as it starts
     if (finished) {
         __syncthreads();
         if (thread == 0) count_up(finished);
