@@ -365,12 +365,8 @@ def backward(
         rows = [x.shape[2] * key_stride for x in (q, k)]
         parts_dtype = q.dtype if variant.parts == 1 else torch.float32
         step_bytes = sum(parts_dtype.itemsize * batch * g * row for g, row in zip(groups, rows, strict=True) if g > 1)
-        length = _slices(
-            units, variant.together, steps, steps * batch // max(sequences, 1), BACKWARD_SLICE, q.device
-        )
-        window, length = _window(
-            steps, step_bytes, length, PARTIAL_BYTES if offsets is None else PACKED_PARTIAL_BYTES
-        )
+        length = _slices(units, variant.together, steps, steps * batch // max(sequences, 1), BACKWARD_SLICE, q.device)
+        window, length = _window(steps, step_bytes, length, PARTIAL_BYTES if offsets is None else PACKED_PARTIAL_BYTES)
         windows, slices = -(-steps // window), -(-window // length)
         sums = [
             q.new_empty(min(windows, 2) * g * batch * window * row, dtype=parts_dtype) if g > 1 else None
