@@ -280,8 +280,8 @@ def forward(
     with torch.cuda.device(q.device):
         units = sequences * heads
         variant = _variant(key_dim, 1, q, k, v)
-        # As many blocks as a multiprocessor gets, for which the compiler may take registers; its own guess is the best at
-        # V = 16, but leaves registers for blocks that do not come where heads are few or shared memory is short
+        # As many blocks as a multiprocessor gets, for which the compiler may take registers. Its own guess is the best
+        # at V = 16, but leaves registers to blocks that do not come: where heads are few or shared memory is short.
         together = 1 if units <= 2 * _multiprocessors(q.device) else 3 if value_dim == 32 and variant.parts == 1 else 0
         variant = replace(variant, together=together)
         length = _slices(units, 2, steps, steps * batch // max(sequences, 1), FORWARD_SLICE, q.device)
