@@ -231,8 +231,9 @@ def choose_backend(
 def _resolve(backend: str | None, q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor) -> str:
     """The backend for these tensors; raises if the one asked for cannot run on them."""
     # W and the state of a wide head leave the CUDA kernels too few registers, and one token too little to do
-    triton_first = output_dtype(q, k, v).itemsize == 2 and (v.shape[-1] > 32 or q.shape[1] == 1)
-    preferred = _TRITON_FIRST if triton_first else _PREFERRED
+    preferred = _PREFERRED
+    if q.device.type == "cuda" and output_dtype(q, k, v).itemsize == 2 and (v.shape[-1] > 32 or q.shape[1] == 1):
+        preferred = _TRITON_FIRST
     return choose_backend(
         "m2rnn_scan", backend, q.device.type, preferred, lambda name: _why_not(name, q, k, v, f, weight)
     )  # fmt: skip

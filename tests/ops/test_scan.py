@@ -122,6 +122,21 @@ def test_clip_of_a_gradient_that_grows(f: float, dtype: torch.dtype, backend: st
         check(run(problem, backend), run_autograd(problem.as_double()), problem.case)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e4, 3e7])
+def test_clip_with_large_weights(scale: float, backend: str, device: str) -> None:
+    """The clip acts at the first step back, however large the factor by which W would let a gradient grow."""
+    case = Case(time=33, key=16, value=8, heads=(1, 1, 1, 1, 1), clip=1.0, dtype=torch.bfloat16, gates=torch.float32)
+    problem = make_problem(case, device=device)
+    with torch.no_grad():
+        problem.inputs["weight"].copy_(scale * torch.eye(8))
+        problem.inputs["f"].fill_(0.99)
+        problem.inputs["initial_state"].zero_()
+    problem.cotangents["y"] *= 1e-3
+    problem.cotangents["final_state"] *= 10
+    results, expected = run(problem, backend), run_autograd(problem.as_double())
+    torch.testing.assert_close(results["f"][:, -1].double(), expected["f"][:, -1], rtol=0.05, atol=0.05)
+
+
 def test_no_gradient_is_tracked_when_none_is_wanted(backend: str, device: str) -> None:
     case = Case(batch=2, time=33)
     inputs = make_problem(case, device=device, grads=()).inputs

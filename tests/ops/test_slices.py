@@ -15,16 +15,24 @@ CASES = [
 
 
 @pytest.mark.parametrize("partial_bytes", [1, 1 << 29], ids=["many windows", "one window"])
+@pytest.mark.parametrize("dweight_bytes", [1, launch.DWEIGHT_BYTES], ids=["one lane", "lanes"])
 @pytest.mark.parametrize("length", [32, 64])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_slices_and_windows_match_float64(
-    case: Case, length: int, partial_bytes: int, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+    case: Case,
+    length: int,
+    dweight_bytes: int,
+    partial_bytes: int,
+    backend: str,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if backend != "cuda":
         pytest.skip("only the CUDA kernels have slices")
     monkeypatch.setattr(launch, "_slices", lambda *problem: length)
     monkeypatch.setattr(launch, "PARTIAL_BYTES", partial_bytes)
     monkeypatch.setattr(launch, "PACKED_PARTIAL_BYTES", partial_bytes)
+    monkeypatch.setattr(launch, "DWEIGHT_BYTES", dweight_bytes)
     results = run(make_problem(case, device=device), backend)
     check(results, truth(case), case)
     again = run(make_problem(case, device=device), backend)

@@ -112,7 +112,7 @@ __device__ __forceinline__ float unclamped_limit(
     const char* q, const char* dy, const float* f, float omega, float limit, int row, int lane
 ) {
     const bool inside = f[lane] >= 0.f && f[lane] <= 1.f;
-    float growth = inside ? 1.02f * fmaf(f[lane], 1.f - omega, omega) : __uint_as_float(0x7fc00000u);
+    float growth = inside ? 1.02f * fmaf(1.f - f[lane], omega, f[lane]) : __uint_as_float(0x7fc00000u);
     float largest_q = largest((const uint4*)(q + 2 * (lane * (ROWS + PAD) + row)), 2);
     float largest_dy = largest((const uint4*)(dy + 2 * lane * (V + PAD)), V / 8);
 #pragma unroll
@@ -583,7 +583,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
                     clear(z);
                     add_outer(z, key_value, octet + step, row, in.k, in.v[slot], lane);
                     update(z, packed, weight);
-                    blend(h, z, 1.f - f);
+                    blend(h, z, gate(f));
                     pack(packed, h);
                 }
             }

@@ -21,7 +21,7 @@ struct Forward {
 struct ForwardShared {  // two chunks: while one is worked on, the next is on its way
     char q[2][tile_bytes<ROWS + PAD>()];
     char kv[2][tile_bytes<KV_ROW>()];
-    float g[2][CHUNK];  // 1 - f
+    float gate[2][CHUNK];
     float y[2][WARPS][CHUNK][Y_ROW];
 };
 static_assert(sizeof(ForwardShared) == SHARED_BYTES, "the launcher counts otherwise");
@@ -127,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER) m2rnn_forward(co
         copies_issued();
     };
     auto inputs_arrived = [&](int buffer) {
-        if (thread < CHUNK) shared.g[buffer][thread] = 1.f - next_f;
+        if (thread < CHUNK) shared.gate[buffer][thread] = gate(next_f);
         copies_done();
         __syncthreads();
     };
@@ -160,8 +160,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER) m2rnn_forward(co
             RowSteps queries;
             load_rows(queries, shared_address(shared.q[buffer]), octet, row, lane);
             alignas(16) float gates[8];
-            *(float4*)gates = *(const float4*)&shared.g[buffer][octet];
-            *(float4*)(gates + 4) = *(const float4*)&shared.g[buffer][octet + 4];
+            *(float4*)gates = *(const float4*)&shared.gate[buffer][octet];
+            *(float4*)(gates + 4) = *(const float4*)&shared.gate[buffer][octet + 4];
 
             float y[KS][4];
             float z[NT][4];  // k vᵀ of the next step, computed ahead, then Z

@@ -282,7 +282,11 @@ def forward(
         variant = _variant(key_dim, 1, q, k, v)
         # As many blocks as a multiprocessor gets, for which the compiler may take registers. Its own guess is the best
         # at V = 16, but leaves registers to blocks that do not come: where heads are few or shared memory is short.
-        together = 1 if units <= 2 * _multiprocessors(q.device) else 3 if value_dim == 32 and variant.parts == 1 else 0
+        together = 0
+        if variant.warps <= 4 and units <= 2 * _multiprocessors(q.device):
+            together = 1
+        elif variant.warps <= 4 and variant.parts == 1 and value_dim == 32:
+            together = 3
         variant = replace(variant, together=together)
         length = _slices(units, 2, steps, steps * batch // max(sequences, 1), FORWARD_SLICE, q.device)
         slices = max(-(-steps // length), 1)  # without steps too, the final state is the initial one
