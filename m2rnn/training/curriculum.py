@@ -3,8 +3,9 @@
 A non-linear recurrence learns nothing from long sequences while it cannot do short ones, so the length starts
 at 4 and grows by a quarter whenever the smoothed loss is small. Inputs can grow too: sequences of 6 tokens are first of
 the identity and generators, then of more and more elements, then longer. At the full length the run waits until the
-loss has been small for a while, then takes the learning rate down to zero and ends. A run that does not get
-there uses up its steps, the last of them on the same decay, or is given up once a length has taken too many.
+loss has been small for a while, then takes the learning rate down to zero and ends; if the loss rises again on the way,
+it goes on as before. A run that does not get there uses up its steps, the last of them on the same decay, or is given up
+once a length has taken too many.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ INPUTS_GROWTH = 1.3
 ADD_INPUTS_BELOW = 0.15  # smoothed loss, nats per token; the elements known need not be perfect to help with the next
 SOLVED_BELOW = 0.01
 SOLVED_STEPS = 50  # consecutive steps at the full length
+LOST_ABOVE = 0.1  # smoothed loss, at which a solved problem is no longer solved
 SMOOTHING = 0.9  # weight of the past in the smoothed loss
 WARMUP_STEPS = 20
 
@@ -64,6 +66,8 @@ class Curriculum:
             steps_below = progress.steps_below + 1 if smoothed_loss < SOLVED_BELOW else 0
             if steps_below == SOLVED_STEPS and solved_at is None:
                 solved_at = progress.step + 1
+            elif smoothed_loss > LOST_ABOVE:
+                solved_at = None
         else:
             length, inputs = self._grown(progress, smoothed_loss)
             unchanged = (length, inputs) == (progress.length, progress.inputs)

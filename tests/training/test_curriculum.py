@@ -42,13 +42,24 @@ def test_a_solved_run_ends_after_its_decay(decay_steps):
     assert history[-1].step == history[-1].solved_at + decay_steps
 
 
-def test_one_bad_step_starts_the_count_again():
-    def solved_at(bad_step: int) -> int:
+def test_a_bad_step_starts_the_count_again_and_a_very_bad_one_the_decay():
+    def last(bad_step: int, loss: float) -> Progress:
         curriculum = Curriculum(train_length=4, steps=5000)
-        return run(curriculum, lambda progress: 10.0 if progress.step == bad_step else 0.001)[-1].solved_at
+        return run(curriculum, lambda progress: loss if progress.step == bad_step else 0.001)[-1]
 
-    assert solved_at(bad_step=SOLVED_STEPS + 10) == SOLVED_STEPS
-    assert solved_at(bad_step=30) > 30 + SOLVED_STEPS
+    assert last(bad_step=30, loss=0.5).solved_at > 30 + SOLVED_STEPS
+    assert last(bad_step=SOLVED_STEPS + 10, loss=0.5).solved_at == SOLVED_STEPS
+    lost = last(bad_step=SOLVED_STEPS + 10, loss=10.0)
+    assert lost.solved_at > SOLVED_STEPS + 10 + SOLVED_STEPS
+    assert lost.step == lost.solved_at + 100
+
+
+def test_a_problem_that_is_lost_while_the_learning_rate_falls_is_not_solved():
+    curriculum = Curriculum(train_length=4, steps=200)
+    history = run(curriculum, lambda progress: 0.001 if progress.step < SOLVED_STEPS + 20 else 1.0)
+    assert history[SOLVED_STEPS].solved_at == SOLVED_STEPS
+    assert history[-1].solved_at is None
+    assert history[-1].step == 200
 
 
 def test_patience_counts_steps_at_one_length_and_none_at_the_full_one():
