@@ -4,8 +4,8 @@ A non-linear recurrence learns nothing from long sequences while it cannot do sh
 at 4 and grows by a quarter whenever the smoothed loss is small. Inputs can grow too: sequences of 6 tokens are first of
 the identity and generators, then of more and more elements, then longer. At the full length the run waits until the
 loss has been small for a while, then takes the learning rate down to zero and ends; if the loss rises again on the way,
-it goes on as before. A run that does not get there uses up its steps, the last of them on the same decay, or is given up
-once a length has taken too many.
+it goes on as before. A run that does not get there uses up its steps, the last of them on the same decay, or is given
+up once a length has taken too many.
 """
 
 from dataclasses import dataclass
