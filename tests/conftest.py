@@ -4,6 +4,7 @@ import ctypes
 import gc
 import os
 import random
+import signal
 from collections.abc import Iterator
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic mode without it
@@ -16,6 +17,9 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from m2rnn.ops import available_backends
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; tests of Ctrl-C send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():  # triton reads it when it is imported: its kernels run on the CPU, for test_triton.py
     os.environ.setdefault("TRITON_INTERPRET", "1")
