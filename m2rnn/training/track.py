@@ -87,23 +87,22 @@ def train(
     saved = load_checkpoint(folder, model, optimizer)
     progress = Progress(**saved["progress"]) if saved else curriculum.start()
     earlier_seconds: float = saved["seconds"] if saved else 0.0
-    began = time.monotonic()
-
-    def seconds() -> float:
-        return earlier_seconds + time.monotonic() - began
+    # Read once a step: a checkpoint has the very time that decides whether to go on, resumed or not.
+    seconds, began = earlier_seconds, time.monotonic()
 
     def save() -> None:
-        state = {"progress": asdict(progress), "seconds": seconds(), "log_bytes": log.size_on_disk()}
+        state = {"progress": asdict(progress), "seconds": seconds, "log_bytes": log.size_on_disk()}
         save_checkpoint(folder, progress.step, model, optimizer, state)
 
     display.say(f"compiling kernels, then from step {progress.step} on")
     log_bytes = saved["log_bytes"] if saved else 0
-    with Log(folder / LOG, keep_bytes=log_bytes) as log, interrupts_noted() as interrupted:
-        while not curriculum.is_finished(progress) and (minutes is None or seconds() < 60 * minutes):
+    with interrupts_noted() as interrupted, Log(folder / LOG, keep_bytes=log_bytes) as log:
+        while not curriculum.is_finished(progress) and (minutes is None or seconds < 60 * minutes):
             batch = problem.batch("train", progress.step, settings.batch_size, progress.length, progress.inputs)
             rate = settings.learning_rate * curriculum.learning_rate(progress)
             loss, gradient_norm = train_step(model, optimizer, batch, rate)
             length, inputs, progress = progress.length, progress.inputs, curriculum.after(progress, loss)
+            seconds = earlier_seconds + time.monotonic() - began
             log.write(
                 step=progress.step,
                 length=length,
@@ -115,7 +114,7 @@ def train(
             )
             display.update(
                 f"step {progress.step} of at most {settings.steps}, length {length}, {inputs} inputs, "
-                f"loss {progress.smoothed_loss:.4f}, {seconds():.0f} s"
+                f"loss {progress.smoothed_loss:.4f}, {seconds:.0f} s"
             )
             if progress.step % checkpoint_every == 0:
                 save()
@@ -130,7 +129,7 @@ def train(
         outcome = "given up"
     elif not curriculum.is_finished(progress):
         outcome = "time limit"
-    return TrainingResult(model.eval(), outcome, progress, seconds())
+    return TrainingResult(model.eval(), outcome, progress, seconds)
 
 
 def train_step(

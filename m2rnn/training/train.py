@@ -12,9 +12,12 @@ The batches are a function of (seed, step), whatever the number of processes. On
 bit as long as that number stays.
 """
 
+import gc
 import math
 import os
 import shutil
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -205,8 +208,17 @@ def dry_run(settings: TrainSettings) -> str:
 
 
 def leave_process_group() -> None:
-    """End what torchrun's processes share, if anything."""
+    """End what torchrun's processes share, if anything; a trainer that an exception being handled still holds too.
+
+    The group ends its threads only with the last that holds it, and the trainer does. Gloo's threads free tensors,
+    which takes the interpreter's lock: where they outlive the interpreter, the process aborts.
+    """
     if torch.distributed.is_initialized():
+        error = sys.exception()
+        while error is not None:
+            traceback.clear_frames(error.__traceback__)
+            error = error.__context__
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 

@@ -1,15 +1,16 @@
-"""One of the processes of a training under torchrun on the CPU: python train_together.py FOLDER KEY=VALUE…
+"""One of the processes of a training under torchrun on the CPU: python train_together.py FOLDER MINUTES KEY=VALUE…
 
 With fsdp=true accelerate, which shards over GPUs only, is told that the CPU is one.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-from m2rnn.training.train import leave_process_group, train
+from m2rnn.training.train import Stopped, leave_process_group, train
 from m2rnn.training.train_settings import load_settings
 from m2rnn.training.trainer import CheckpointingTrainer
 
@@ -27,10 +28,20 @@ def shard_on_cpu() -> None:
 
 
 def main() -> None:
-    if "fsdp=true" in sys.argv:
+    folder, minutes, *overrides = sys.argv[1:]
+    sharded = "fsdp=true" in overrides
+    if sharded:
         shard_on_cpu()
-    train(load_settings(None, sys.argv[2:]), Path(sys.argv[1]))
-    leave_process_group()
+    try:
+        train(load_settings(None, overrides), Path(folder), minutes=float(minutes))
+    except Stopped:
+        leave_process_group()  # as the command does, while the exception holds the trainer
+    else:
+        leave_process_group()
+    if sharded:
+        os._exit(0)  # DTensor's caches hold the group whatever one does: its threads could abort the usual end
+    threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").glob("*")]
+    assert not [name for name in threads if "gloo" in name], threads
 
 
 if __name__ == "__main__":
