@@ -2,7 +2,7 @@
 //
 // The macros V (value channels), WARPS (a head, 16 state rows each), SLOTS (heads a block), CHUNK (steps
 // between saved states), INPUT (0 bfloat16, 1 float16, 2 float32) and PARTS are the launcher's; f, W and states are float32.
-// Nothing is included, so that NVRTC needs no headers.
+// Only files of this folder are included, by compiler.py, so that NVRTC needs no headers.
 //
 // A number that goes through the tensor cores is the sum of PARTS bfloat16 numbers: 1 for bfloat16 inputs, 2 for
 // float16 (16 bits) and for few steps, 3 for float32 (24 bits). Products of parts are exact and summed in float32, but

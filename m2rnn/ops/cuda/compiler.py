@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import os
+import re
 import tempfile
 import warnings
 from functools import lru_cache
@@ -13,7 +14,7 @@ _HERE = Path(__file__).parent
 
 def cubin(name: str, macros: tuple[tuple[str, int], ...], capability: tuple[int, int]) -> bytes:
     """Machine code of ``<name>.cu`` with these macros, for GPUs of this compute capability."""
-    source = (_HERE / "common.cuh").read_text() + (_HERE / f"{name}.cu").read_text()
+    source = source_of(f"{name}.cu")
     # sm_90a has Hopper's own instructions; code for other architectures must run on later ones of the same family
     architecture = f"sm_{capability[0]}{capability[1]}"
     key = repr((source, macros, architecture, _versions()))
@@ -27,6 +28,12 @@ def cubin(name: str, macros: tuple[tuple[str, int], ...], capability: tuple[int,
             file.write(code)
         os.replace(file.name, path)
     return code
+
+
+def source_of(file: str) -> str:
+    """The text of a file of this folder, with those that it includes put in."""
+    include = re.compile(r'^#include "(.+)"$', re.MULTILINE)
+    return include.sub(lambda found: source_of(found[1]), (_HERE / file).read_text())
 
 
 def _compile(source: str, macros: tuple[tuple[str, int], ...], architecture: str) -> bytes:

@@ -1,5 +1,7 @@
 // The forward pass: y, the final state and a state every CHUNK steps. A block is one head (SLOTS is 1).
 
+#include "common.cuh"
+
 // k and v of a step side by side, then zeros: see load_outer(). An odd number of 16 bytes, so that ldmatrix meets no bank
 // conflict.
 #define KV_ROW (ROWS + V + (V == 8 ? 16 : 8))

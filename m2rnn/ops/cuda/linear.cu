@@ -1,6 +1,8 @@
 // y = x Wᵀ for a few rows x, bound by the reading of W: a warp computes one output channel of all BATCH rows. A lane reads
 // PIECES pieces of 16 bytes of a row of W at once.
 
+#include "common.cuh"
+
 struct Linear {
     const input_t* x;       // [BATCH, columns]
     const input_t* weight;  // [channels, columns]

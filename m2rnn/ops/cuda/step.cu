@@ -8,6 +8,8 @@
 // The macros besides common.cuh's: WARPS is warps a block, TILES tiles of 16 rows that a warp takes at a time (a unit),
 // GROUPS units a head, WIDTH the convolution's taps (0: none).
 
+#include "common.cuh"
+
 struct Step {
     const input_t* row;         // [B, row_stride]: q, k, v, forget logits, g
     const float* state;         // [B, heads, key_dim, V]
