@@ -34,8 +34,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "SiLU on q, k, v": layer(activation="silu"),
     "conv 4 and SiLU": layer(conv_size=4, activation="silu"),
     "W = identity": layer(weight_init="identity"),
-    "V = 16, 8 heads": layer(value_dim=16, num_heads=8, num_q_heads=8, num_k_heads=8),
-    "V = 64, 2 heads, K = 2": layer(value_dim=64, num_heads=2, num_q_heads=2, num_k_heads=2, key_dim=2),
+    "4 heads, K = 8, MLP of 128": {
+        "model": {
+            "hidden_size": 64,
+            "mlps": ["swiglu"],
+            "mlp_options": {"swiglu": {"intermediate_size": 128}},
+            "mixer_options": {"m2rnn": {"num_heads": 4, "num_q_heads": 4, "num_k_heads": 4, "key_dim": 8}},
+        }
+    },
+    "V = 16, 16 heads": layer(value_dim=16, num_heads=16, num_q_heads=16, num_k_heads=16),
+    "V = 64, 4 heads, K = 2": layer(value_dim=64, num_heads=4, num_q_heads=4, num_k_heads=4, key_dim=2),
     "one q and one k head": layer(num_q_heads=1, num_k_heads=1),
     "slow forget gate": layer(A_range=[0.0, 16.0], dt_range=[1e-3, 0.1]),
     "no output gate": layer(gate=False),

@@ -113,32 +113,38 @@ _SIZES: dict[str, dict[str, Any]] = {
 _PLAIN = {"conv_size": None, "activation": None}
 _FAST = {"A_range": [4.0, 16.0], "dt_range": [0.3, 1.0]}
 _DELTA = {"num_heads": 4, "key_dim": 16, "value_dim": 32, **_PLAIN}
-_STATE_TRACKING: dict[str, tuple[str, int, dict[str, Any]]] = {  # pattern, width of the MLP, options of the mixer
+
+
+def _mlp(width: int) -> dict[str, Any]:
+    return {"hidden_size": 64, "mlp_options": {"swiglu": {"intermediate_size": width}}}
+
+
+_STATE_TRACKING: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # pattern, fields, options of the mixer
     "m2rnn": (
         "M",
-        128,
+        {"hidden_size": 60, "mlps": ["none"]},
         {
-            "num_heads": 4,
-            "num_q_heads": 4,
-            "num_k_heads": 4,
-            "key_dim": 8,
+            "num_heads": 8,
+            "num_q_heads": 8,
+            "num_k_heads": 8,
+            "key_dim": 4,
             "value_dim": 32,
             "weight_init": "normal",
             **_PLAIN,
             **_FAST,
         },
     ),
-    "gru": ("U", 128, {"num_heads": 3, "head_dim": 32, "gate": False, "weight_std": None, **_PLAIN}),
-    "rnn": ("R", 128, {"num_heads": 4, "head_dim": 48, "gate": False, "weight_std": None, **_PLAIN}),
-    "gated_deltanet": ("G", 128, _DELTA),
-    "gated_deltanet_negative": ("G", 128, {**_DELTA, "negative_eigenvalues": True}),
+    "gru": ("U", _mlp(128), {"num_heads": 3, "head_dim": 32, "gate": False, "weight_std": None, **_PLAIN}),
+    "rnn": ("R", _mlp(128), {"num_heads": 4, "head_dim": 48, "gate": False, "weight_std": None, **_PLAIN}),
+    "gated_deltanet": ("G", _mlp(128), _DELTA),
+    "gated_deltanet_negative": ("G", _mlp(128), {**_DELTA, "negative_eigenvalues": True}),
     "gated_deltaproduct2": (
         "G",
-        124,
+        _mlp(124),
         {**_DELTA, "num_heads": 3, "num_householder": 2, "negative_eigenvalues": True},
     ),
-    "mamba2": ("S", 128, {"num_heads": 4, "state_size": 64, "inner_size": 128, **_PLAIN}),
-    "attention": ("AA", 64, {"num_heads": 4, "rope_theta": 10000.0}),
+    "mamba2": ("S", _mlp(128), {"num_heads": 4, "state_size": 64, "inner_size": 128, **_PLAIN}),
+    "attention": ("AA", _mlp(64), {"num_heads": 4, "rope_theta": 10000.0}),
 }
 
 
@@ -185,17 +191,18 @@ def from_pattern(pattern: str, size: str = "410m", **overrides: Any) -> M2RNNCon
 
 
 def state_tracking(mixer: str = "m2rnn", vocab_size: int = 6, **overrides: Any) -> M2RNNConfig:
-    """A model of 58,824 parameters, within two percent, for word problems of groups, such as S3.
+    """A model of 59,000 parameters, within two percent, for word problems of groups, such as S3.
 
     The M2RNN layer differs from the language-model one: no convolution and no SiLU on q, k, v, a random W
-    instead of the identity, more value channels (V = 32), as many q and k heads as others, and a forget gate
-    that starts fast (A in [4, 16], dt in [0.3, 1]): the state must change with every token from the start.
+    instead of the identity, more value channels (V = 32) and fewer rows (K = 4), as many q and k heads as others, and a
+    forget gate that starts fast (A in [4, 16], dt in [0.3, 1]): the state must change with every token from the start.
+    There is no MLP, which could multiply two elements by itself and leads away from a state.
     The embedding starts at unit variance for every mixer: at 0.02 Adam's first steps overwrite it.
 
-    The others, in the same budget, have no convolution and SiLU either. The GRU has three heads of 32 units, the RNN
-    four of 48, both without output gate and with W from N(0, 1/V); Gated DeltaNet four heads of 16 × 32, Gated
-    DeltaProduct three; Mamba-2 four of 64 × 32; the Transformer spends its parameters on two layers, since one
-    attention layer cannot compose, with the rotary positions of the paper's Transformer.
+    The others, in the same budget with an MLP, have no convolution and SiLU either. The GRU has three heads of 32
+    units, the RNN four of 48, both without output gate and with W from N(0, 1/V); Gated DeltaNet four heads of 16 ×
+    32, Gated DeltaProduct three; Mamba-2 four of 64 × 32; the Transformer spends its parameters on two layers,
+    since one attention layer cannot compose, with the rotary positions of the paper's Transformer.
 
     Args:
         mixer: ``"m2rnn"``, ``"gru"``, ``"rnn"``, ``"gated_deltanet"`` (eigenvalues in [0, 1]),
@@ -211,17 +218,16 @@ def state_tracking(mixer: str = "m2rnn", vocab_size: int = 6, **overrides: Any) 
     if mixer not in _STATE_TRACKING:
         known = ", ".join(map(repr, _STATE_TRACKING))
         raise ValueError(f"no state-tracking model for mixer {mixer!r}; there are {known}")
-    pattern, intermediate_size, options = _STATE_TRACKING[mixer]
+    pattern, fields, options = _STATE_TRACKING[mixer]
     mixers = layers(pattern)
-    fields = {
+    common = {
         "vocab_size": vocab_size,
-        "hidden_size": 64,
         "embedding_range": 1.0,
         "mixers": mixers,
         "mixer_options": {mixers[0]: options},
-        "mlp_options": {"swiglu": {"intermediate_size": intermediate_size}},
     }
-    return _config(fields, overrides)
+    mlps = fields.get("mlps", ["swiglu"]) * len(overrides.get("mixers", mixers))
+    return _config({"mlp_options": {}, **common, **fields, "mlps": mlps}, overrides)
 
 
 def _config(fields: dict[str, Any], overrides: dict[str, Any]) -> M2RNNConfig:

@@ -156,19 +156,25 @@ def assert_same_loss(folder: Path, expected: Path) -> None:
         torch.testing.assert_close(weight, other_weights[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
-def test_two_processes_do_what_one_does_and_one_goes_on_from_them(tmp_path, data, undisturbed, sharded):
-    overrides = [*SETTINGS, f"data={data}", "checkpoint_every=4", f"fsdp={str(sharded).lower()}"]
+def train_in_two_processes(folder: Path, minutes: float, *overrides: str) -> None:
     script = str(Path(__file__).with_name("train_together.py"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    for minutes in ("60",) if sharded else ("0", "60"):  # stopped after a step, then to the end
-        arguments = [str(tmp_path), minutes, *overrides]
-        done = subprocess.run([*command, *arguments], env=ENVIRONMENT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    arguments = [str(folder), str(minutes), *SETTINGS, *overrides]
+    done = subprocess.run([*command, *arguments], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_stop_and_go_on_and_do_what_one_does(tmp_path, data, undisturbed):
+    for minutes in (0, 60):  # a step, then the others
+        train_in_two_processes(tmp_path, minutes, f"data={data}")
     assert_same_loss(tmp_path, undisturbed)
 
-    # The checkpoint of two processes, on one.
+
+@pytest.mark.slow
+def test_two_sharded_processes_do_what_one_does_and_one_goes_on_from_them(tmp_path, data, undisturbed):
+    train_in_two_processes(tmp_path, 60, f"data={data}", "checkpoint_every=4", "fsdp=true")
+    assert_same_loss(tmp_path, undisturbed)
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000006")
     shutil.rmtree(tmp_path / "model")
     train(settings_of(data), tmp_path)
