@@ -296,7 +296,7 @@ def _write(
         written = writer.progress.splits.values()
         size = sum(split.bytes for split in written)
         update(
-            f"{block.split}: {size / 1e6:,.0f} MB of text{_percent(block.done)}, "
+            f"{block.split}: {size / 1e6:,.1f} MB of text{_percent(block.done)}, "
             f"{sum(split.tokens for split in written) / 1e6:,.1f} M tokens, "
             f"{(size - bytes_before) / 1e6 / max(1e-3, now - started):,.1f} MB/s"
         )
@@ -314,7 +314,9 @@ def _percent(done: float | None) -> str:
 def _check_not_empty(progress: Progress) -> None:
     for split, written in progress.splits.items():
         if not written.documents:
-            raise DataError(f"no document for {split}: give it more text, or a larger fraction (--valid-fraction)")
+            raise DataError(
+                f"no document for {split}: give it more text, or a larger fraction (--valid-fraction), and --overwrite"
+            )
 
 
 def _manifest(

@@ -116,6 +116,7 @@ def write_plot(folder: Path) -> bool:
     """Plot the loss of log.jsonl against tokens; not without matplotlib, which the extra ``plot`` brings."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter
     except ImportError:
         return False
     lines = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
@@ -125,7 +126,9 @@ def write_plot(folder: Path) -> bool:
     axes.plot([tokens for tokens, _ in points], [loss for _, loss in points], color="#0072B2", linewidth=1)
     axes.set_xlabel("tokens")
     axes.set_ylabel("training loss (nats per token)")
-    axes.grid(alpha=0.3)
+    axes.xaxis.set_major_formatter(EngFormatter())  # 50 k, 2 G
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
     content = io.BytesIO()
     figure.savefig(content, dpi=150, format="png")
     write_whole_file(folder / PLOT, content.getvalue())
