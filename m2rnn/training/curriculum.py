@@ -2,20 +2,20 @@
 
 A non-linear recurrence learns nothing from long sequences while it cannot do short ones, so the length starts
 at 4 and grows by a quarter whenever the smoothed loss is small. Inputs can grow too: sequences of 6 tokens are first of
-the identity and generators, then of more and more elements, then longer. At the full length the learning rate is lower,
-and the run waits until the loss has been small for a while, then takes the learning rate down to zero and ends; if the
-loss rises again on the way, it goes on as before. A run that does not get there uses up its steps, the last of them on
-the same decay, or is given up once a length has taken too many.
+the identity and generators, then of more and more elements, then longer. From 16 tokens on the learning rate falls with
+the square root of the length. At the full length the run waits until the loss has been small for a while, then takes
+the learning rate down to zero and ends; if the loss rises again on the way, it goes on as before. A run that does not
+get there uses up its steps, the last of them on the same decay, or is given up once a length has taken too many.
 """
 
 from dataclasses import dataclass
 
 START_LENGTH = 4
 GROWTH = 1.25
+PEAK_RATE_LENGTH = 16  # tokens; of longer sequences, what is learnt at the peak learning rate is often lost again
 INPUTS_LENGTH = 6  # of the sequences while elements are added
 INPUTS_GROWTH = 1.3
 ADD_INPUTS_BELOW = 0.15  # smoothed loss, nats per token; the elements known need not be perfect to help with the next
-FULL_LENGTH_RATE = 0.3  # of the peak learning rate: at the peak, what is learnt of long sequences is often lost again
 SOLVED_BELOW = 0.01
 SOLVED_STEPS = 50  # consecutive steps at the full length
 LOST_ABOVE = 0.1  # smoothed loss, at which a solved problem is no longer solved
@@ -100,7 +100,7 @@ class Curriculum:
         """The factor of the peak learning rate for the step after ``progress``."""
         warmup = (progress.step + 1) / WARMUP_STEPS
         decay = (self._decay_start(progress) + self._decay_steps - progress.step) / self._decay_steps
-        peak = FULL_LENGTH_RATE if self.grow and self._is_full(progress) else 1.0
+        peak = min(1.0, (PEAK_RATE_LENGTH / progress.length) ** 0.5) if self.grow else 1.0
         return min(warmup, peak, peak * decay)
 
     @property

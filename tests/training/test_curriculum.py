@@ -2,7 +2,7 @@
 
 import pytest
 
-from m2rnn.training.curriculum import FULL_LENGTH_RATE, SOLVED_STEPS, WARMUP_STEPS, Curriculum, Progress
+from m2rnn.training.curriculum import PEAK_RATE_LENGTH, SOLVED_STEPS, WARMUP_STEPS, Curriculum, Progress
 
 
 def run(curriculum: Curriculum, loss_at) -> list[Progress]:
@@ -96,14 +96,15 @@ def test_learning_rate_rises_stays_and_falls(steps, loss):
     top = rates.index(max(rates))
     assert rates[: top + 1] == sorted(rates[: top + 1])
     assert rates[top:] == sorted(rates[top:], reverse=True)
-    peak = FULL_LENGTH_RATE if history[-2].length == 16 else 1
-    assert rates[-1] == pytest.approx(min(peak / min(steps, curriculum.decay_steps), len(rates) / WARMUP_STEPS))
+    assert rates[-1] == pytest.approx(min(1 / min(steps, curriculum.decay_steps), len(rates) / WARMUP_STEPS))
 
 
-def test_the_learning_rate_is_lower_at_the_full_length_that_the_sequences_grew_to():
-    curriculum = Curriculum(train_length=16, steps=1000)
+def test_the_learning_rate_falls_with_the_square_root_of_the_length_the_sequences_grow_to():
+    curriculum = Curriculum(train_length=64, steps=1000)
     history = run(curriculum, lambda progress: 0.02)
     rates = {progress.length: curriculum.learning_rate(progress) for progress in history[WARMUP_STEPS:-200]}
-    assert {length: rate for length, rate in rates.items() if rate != 1} == {16: FULL_LENGTH_RATE}
-    at_once = Curriculum(train_length=16, steps=1000, grow=False)
+    assert max(rates) == 64
+    assert rates[64] == 0.5
+    assert all(rate == min(1, (PEAK_RATE_LENGTH / length) ** 0.5) for length, rate in rates.items())
+    at_once = Curriculum(train_length=64, steps=1000, grow=False)
     assert at_once.learning_rate(at_once.after(history[WARMUP_STEPS], 0.02)) == 1
