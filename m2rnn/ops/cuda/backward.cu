@@ -499,13 +499,16 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
                     }
                 };
 #if BOUNDED
-                if (within(d.carry, __shfl_sync(0xffffffffu, unclamped, octet)))
-                    walk_octet(false);
-                else
-                    walk_octet(true);
+                const bool clamps = !within(d.carry, __shfl_sync(0xffffffffu, unclamped, octet));
 #else
-                walk_octet(CLIP);
+                constexpr bool clamps = CLIP;
 #endif
+                if (!TWO_LOOPS)
+                    walk_octet(clamps);
+                else if (clamps)
+                    walk_octet(true);
+                else
+                    walk_octet(false);
                 const float df = sum_lanes(d.f, lane);
                 if (lane < 8) octet_kept.df[lane] = df;
             }

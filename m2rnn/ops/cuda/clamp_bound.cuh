@@ -1,8 +1,9 @@
 // Whether the clamp on the state's gradient can have anything to do in 8 steps.
 
-// The loop over 8 steps is there twice, with the clamp and without: a branch in each step would keep the compiler from
+#define BOUNDED (CLIP && PARTS == 1)
+// Then the loop over 8 steps is there twice, with the clamp and without: a branch in each step would keep the compiler from
 // interleaving them. For wide states that is more code than the instruction cache holds.
-#define BOUNDED (CLIP && PARTS == 1 && V <= 16)
+#define TWO_LOOPS (V <= 16)
 
 #if BOUNDED
 __device__ __forceinline__ float max_or_nan(float a, float b) {
