@@ -52,10 +52,9 @@ def test_a_compiler_error_shows_its_message() -> None:
         compiler._compile("nonsense x;", (("V", 16),), "sm_90")
 
 
-def test_rows_are_split_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_split_to_fit() -> None:
     """Groups of rows cover the state once, in whole tiles, each within the shared memory and threads of a block."""
     for limit in (99 << 10, 227 << 10):
-        monkeypatch.setattr(launch, "_shared_limit", lambda device, limit=limit: limit)
         for dtype, parts in ((torch.bfloat16, 1), (torch.float16, 2), (torch.float32, 3)):
             for value_dim in (8, 16, 32, 64):
                 for key_dim in (1, 16, 17, 64, 100, 256, 1000):
@@ -67,7 +66,7 @@ def test_rows_are_split_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
                         assert value_dim == 64
                         assert parts > 1
                         continue
-                    groups = launch._row_groups(variant, key_dim, torch.device("cuda"))
+                    groups = launch._row_groups(variant(key_dim), key_dim, limit)
                     assert [row for g in groups for row in range(g.start, g.stop)] == list(range(key_dim))
                     for g in groups:
                         assert g.start % 16 == 0
@@ -114,21 +113,13 @@ def test_windows_fit_and_are_even(steps: int, step_bytes: int, slice_length: int
         (8 * 84, 1, 1, 4, False),  # each head with a q and k of its own
     ],
 )
-def test_plan(
-    monkeypatch: pytest.MonkeyPatch, units: int, shared_heads: int, slots: int, together: int, ahead: bool
-) -> None:
-    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)
-    monkeypatch.setattr(launch, "_shared_limit", lambda device: 227 << 10)
-    monkeypatch.setattr(launch, "_shared_total", lambda device: 228 << 10)
-    plan = launch._plan(units, shared_heads, replace(BFLOAT16, slots=1), torch.device("cuda"))
+def test_plan(units: int, shared_heads: int, slots: int, together: int, ahead: bool) -> None:
+    plan = launch._plan(units, shared_heads, replace(BFLOAT16, slots=1), launch._Gpu(132, 228 << 10, 227 << 10))
     assert (plan.slots, plan.together, plan.ahead) == (slots, together, ahead)
 
 
-def test_plan_of_a_small_gpu_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 20)
-    monkeypatch.setattr(launch, "_shared_limit", lambda device: 99 << 10)
-    monkeypatch.setattr(launch, "_shared_total", lambda device: 100 << 10)
+def test_plan_of_a_small_gpu_fits() -> None:
     for warps, dtype, parts in ((4, torch.bfloat16, 1), (2, torch.float16, 2), (1, torch.float32, 3)):
         single = launch._Variant(16, warps, 1, dtype, parts)
-        plan = launch._plan(1000, 8, single, torch.device("cuda"))
+        plan = launch._plan(1000, 8, single, launch._Gpu(20, 100 << 10, 99 << 10))
         assert plan.together * (plan.shared_bytes("backward") + 1024) <= 100 << 10

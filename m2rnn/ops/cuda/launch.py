@@ -5,9 +5,9 @@ The result is the same bits on every run: each sum has one order, which follows 
 
 import ctypes
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -143,7 +143,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor) -> str |
     if value_dim > 64:
         return f"V is {value_dim}, and the CUDA kernels take up to 64"
     least = _Variant(cuda_width(value_dim), 1, 1, dtype, cuda_parts(dtype, q.shape[1]))
-    if least.shared_bytes("backward") > _shared_limit(q.device):
+    if least.shared_bytes("backward") > _gpu(q.device).shared_limit:
         gpu = torch.cuda.get_device_name(q.device)
         return f"V is {value_dim} in {str(dtype)[6:]}, for which {gpu} has too little shared memory"
     return None
@@ -171,75 +171,72 @@ def _dense(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype).contiguous()
 
 
+class _Gpu(NamedTuple):
+    multiprocessors: int
+    shared_total: int  # bytes of shared memory of a multiprocessor
+    shared_limit: int  # bytes of it that a block can have
+
+
 @lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _gpu(device: torch.device) -> _Gpu:
+    properties = torch.cuda.get_device_properties(device)
+    limit = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
+    return _Gpu(properties.multi_processor_count, properties.shared_memory_per_multiprocessor, limit)
 
 
-def _plan(units: int, shared_heads: int, single: _Variant, device: torch.device) -> _Variant:
+@lru_cache(maxsize=256)
+def _plan(units: int, shared_heads: int, single: _Variant, gpu: _Gpu) -> _Variant:
     """The quickest variant of the backward pass, by estimate.
 
     The heads of a block share q, k and sums of dq and dk. Several small blocks on a multiprocessor are at different
     phases, which is better than one large block. Fewer warps at a time take longer for the same work, but leave no
     multiprocessor idle.
     """
-    limit, total, quickest, best = _shared_limit(device), _shared_total(device), math.inf, single
+    quickest, best = math.inf, single
     for slots in (s for s in range(1, 5) if shared_heads % s == 0 and (s == 1 or s * single.warps <= 8)):
         for together in range(1, max(1, 16 // (slots * single.warps)) + 1):
             variant = replace(single, slots=slots, together=together)
             warps = slots * single.warps * together
             ahead = replace(variant, ahead=True)
-            if 2 * warps <= 16 and _fits(ahead, limit, total):
+            if 2 * warps <= 16 and _fits(ahead, gpu):
                 variant = ahead
-            elif not _fits(variant, limit, total) and (slots > 1 or together > 1):
+            elif not _fits(variant, gpu) and (slots > 1 or together > 1):
                 continue
-            rounds = max(units / slots / together / _multiprocessors(device), 1)
+            rounds = max(units / slots / together / gpu.multiprocessors, 1)
             time = rounds * STEP_NS[min(-(-warps // 4), 4) - 1] + PARTIAL_NS * units / slots
             if time < quickest:
                 quickest, best = time, variant
     return best
 
 
-def _fits(variant: _Variant, limit: int, total: int) -> bool:
+def _fits(variant: _Variant, gpu: _Gpu) -> bool:
     size, reserved = variant.shared_bytes("backward"), 1 << 10  # bytes that CUDA takes of each block's
-    return size <= limit and variant.together * (size + reserved) <= total
+    return size <= gpu.shared_limit and variant.together * (size + reserved) <= gpu.shared_total
 
 
-def _slices(units: int, together: int, steps: int, sequence_steps: int, shortest: int, device: torch.device) -> int:
+def _slices(units: int, together: int, steps: int, sequence_steps: int, shortest: int, multiprocessors: int) -> int:
     """The length of slices of time, not less than ``steps`` if units spread evenly over the GPU.
 
     Not where the busiest multiprocessor runs all of its units ``together``. A slice is a part of a sequence, of
     ``sequence_steps`` on average, and there are blocks for one of ``steps``.
     """
     whole = _multiple(max(steps, 1), CHUNK)
-    busiest = -(-units // _multiprocessors(device))
-    if busiest <= together or busiest * _multiprocessors(device) < 1.03 * units or sequence_steps < 4 * shortest:
+    busiest = -(-units // multiprocessors)
+    if busiest <= together or busiest * multiprocessors < 1.03 * units or sequence_steps < 4 * shortest:
         return whole
     return max(shortest, _multiple(max(sequence_steps // 64, steps // 256), CHUNK))
 
 
-@lru_cache
-def _shared_total(device: torch.device) -> int:
-    """Bytes of shared memory of a multiprocessor."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
-
-
-@lru_cache
-def _shared_limit(device: torch.device) -> int:
-    """Bytes of shared memory that a block can have."""
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", 99 << 10)
-
-
-def _row_groups(variant: Callable[[int], _Variant], key_dim: int, device: torch.device) -> list[slice]:
+@lru_cache(maxsize=256)
+def _row_groups(variant: _Variant, key_dim: int, shared_limit: int) -> list[slice]:
     """Rows of the state to work on together: all of them, unless a block has not the shared memory or threads.
 
     Rows are independent of each other, so a state of many rows is several of few.
     """
     rows = key_dim
-    limit = _shared_limit(device)
-    while rows > 16 and (variant(rows).shared_bytes("backward") > limit or variant(rows).threads > 512):
+    while rows > 16 and (variant.shared_bytes("backward") > shared_limit or variant.threads > 512):
         rows = -(-rows // 32) * 16
+        variant = replace(variant, warps=-(-rows // 16))
     return [slice(first, min(first + rows, key_dim)) for first in range(0, key_dim, rows)]
 
 
@@ -259,7 +256,8 @@ def forward(
         v, weight, initial_state = pad(v, (0, missing)), pad(weight, (0, missing) * 2), _pad(initial_state, missing)
         y, final, saved = forward(q, k, v, f, weight, initial_state, cu_seqlens, save)
         return y[..., :value_dim].contiguous(), final[..., :value_dim].contiguous(), saved
-    groups = _row_groups(lambda rows: _variant(rows, 1, q, k, v), q.shape[3], q.device)
+    gpu, variant = _gpu(q.device), _variant(q, k, v)
+    groups = _row_groups(variant, q.shape[3], gpu.shared_limit)
     if len(groups) > 1:
         parts = [forward(q[..., g], k[..., g], v, f, weight, _rows(initial_state, g), cu_seqlens, save) for g in groups]
         ys, finals, saves = (list(x) for x in zip(*parts, strict=True))
@@ -279,16 +277,15 @@ def forward(
 
     with torch.cuda.device(q.device):
         units = sequences * heads
-        variant = _variant(key_dim, 1, q, k, v)
         # As many blocks as a multiprocessor gets, for which the compiler may take registers. Its own guess is the best
         # at V = 16, but leaves registers to blocks that do not come: where heads are few or shared memory is short.
         together = 0
-        if variant.warps <= 4 and units <= 2 * _multiprocessors(q.device):
+        if variant.warps <= 4 and units <= 2 * gpu.multiprocessors:
             together = 1
         elif variant.warps <= 4 and variant.parts == 1 and value_dim == 32:
             together = 3
         variant = replace(variant, together=together)
-        length = _slices(units, 2, steps, steps * batch // max(sequences, 1), FORWARD_SLICE, q.device)
+        length = _slices(units, 2, steps, steps * batch // max(sequences, 1), FORWARD_SLICE, gpu.multiprocessors)
         slices = max(-(-steps // length), 1)  # without steps too, the final state is the initial one
         finished = torch.zeros(units, dtype=torch.int32, device=q.device) if slices > 1 else None
         arguments = _Forward(
@@ -323,7 +320,8 @@ def backward(
         )
         dv, dweight = dv[..., :value_dim].contiguous(), dweight[:, :value_dim, :value_dim].contiguous()
         return dq, dk, dv, df, dweight, None if d_initial is None else d_initial[..., :value_dim].contiguous()
-    row_groups = _row_groups(lambda rows: _variant(rows, 1, q, k, v), q.shape[3], q.device)
+    gpu, single = _gpu(q.device), _variant(q, k, v, state_clip)
+    row_groups = _row_groups(single, q.shape[3], gpu.shared_limit)
     if len(row_groups) > 1:
         parts = [
             backward(
@@ -360,8 +358,7 @@ def backward(
 
     with torch.cuda.device(q.device):
         repeats = [heads // x.shape[2] for x in (q, k)]
-        single = _variant(key_dim, 1, q, k, v, state_clip)
-        variant = _plan(lanes * heads, math.gcd(*repeats), single, q.device)
+        variant = _plan(lanes * heads, math.gcd(*repeats), single, gpu)
         units = lanes * heads // variant.slots
 
         # Several blocks share a head of q or k: their partial sums are kept for two windows of time
@@ -369,14 +366,15 @@ def backward(
         rows = [x.shape[2] * key_stride for x in (q, k)]
         parts_dtype = q.dtype if variant.parts == 1 else torch.float32
         step_bytes = sum(parts_dtype.itemsize * batch * g * row for g, row in zip(groups, rows, strict=True) if g > 1)
-        length = _slices(units, variant.together, steps, steps * batch // max(sequences, 1), BACKWARD_SLICE, q.device)
+        sequence_steps = steps * batch // max(sequences, 1)
+        length = _slices(units, variant.together, steps, sequence_steps, BACKWARD_SLICE, gpu.multiprocessors)
         window, length = _window(steps, step_bytes, length, PARTIAL_BYTES if offsets is None else PACKED_PARTIAL_BYTES)
         windows, slices = -(-steps // window), -(-window // length)
         sums = [
             q.new_empty(min(windows, 2) * g * batch * window * row, dtype=parts_dtype) if g > 1 else None
             for g, row in zip(groups, rows, strict=True)
         ]
-        sum_blocks = _multiprocessors(q.device) if step_bytes else 0
+        sum_blocks = gpu.multiprocessors if step_bytes else 0
         counters = None
         if windows * slices > 1 or sum_blocks:
             counters = torch.zeros(units + 2 * windows, dtype=torch.int32, device=q.device)
@@ -388,7 +386,7 @@ def backward(
             windows, sum_blocks, dv.dtype == torch.float32, math.inf if state_clip is None else state_clip,
         )  # fmt: skip
         # Bytes that keep more blocks away
-        crowded = min(_shared_total(q.device) // (variant.together + 1), _shared_limit(q.device))
+        crowded = min(gpu.shared_total // (variant.together + 1), gpu.shared_limit)
         blocks = windows * (units * slices + sum_blocks) + sum_blocks
         _kernel("backward", variant, q.device.index, crowded)(blocks, arguments, q.device)
     dq, dk = (out[..., :key_dim].to(x.dtype).contiguous() for out, x in zip(outs, inputs, strict=False))
@@ -409,9 +407,10 @@ def _window(steps: int, step_bytes: int, slice_length: int, limit: int) -> tuple
     return window, min(slice_length, window)
 
 
-def _variant(key_dim: int, slots: int, q: Tensor, k: Tensor, v: Tensor, clip: float | None = None) -> _Variant:
-    warps, dtype = -(-key_dim // 16), output_dtype(q, k, v)
-    return _Variant(v.shape[3], warps, slots, dtype, cuda_parts(dtype, q.shape[1]), clip is not None)
+def _variant(q: Tensor, k: Tensor, v: Tensor, clip: float | None = None) -> _Variant:
+    """One head a block, all rows of its state."""
+    warps, dtype = -(-q.shape[3] // 16), output_dtype(q, k, v)
+    return _Variant(v.shape[3], warps, 1, dtype, cuda_parts(dtype, q.shape[1]), clip is not None)
 
 
 def _rows(state: Tensor | None, rows: slice) -> Tensor | None:
