@@ -8,8 +8,8 @@
 // state comes with it.
 
 #include "common.cuh"
-#include "clamp_bound.cuh"
 #include "backward_tasks.cuh"
+#include "clamp_bound.cuh"
 
 struct alignas(4 * AREGS) Registers {
     u32 value[AREGS];
@@ -47,7 +47,7 @@ struct Place {
     const float* f;
     const saved_t* saved;
     i64 dq, dk, head;  // elements
-    float omega;       // see unclamped_limit()
+    float sigma;       // see unclamped_limit()
 };
 
 struct BackwardShared {
@@ -323,15 +323,12 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
     load_matrix(weight, p.weight + head / p.weight_repeat * V * V, false, lane);
     load_matrix(transposed_weight, p.weight + head / p.weight_repeat * V * V, true, lane);
 #if BOUNDED
-    float omega = 1.f;
-    for (int i = lane; i < V; i += 32) {
-        float sum = 0.f;
-        for (int j = 0; j < V; j++) sum += fabsf(p.weight[(head / p.weight_repeat * V + i) * V + j]);
-        omega = sum <= omega ? omega : sum;  // NaN too
-    }
-    // By each of the head's warps, all the same
-    omega = __uint_as_float(largest_of_warp(__float_as_uint(omega)));
-    if (lane == 0) shared.place[slot].omega = omega;
+    static_assert(sizeof(Kept) >= V * V * sizeof(float), "room for a matrix");
+    float *scratch = shared.dweight[slot][0], *more = (float*)&shared.kept[0][0][slot][0];
+    const float* w = p.weight + head / p.weight_repeat * V * V;
+    const float sigma = largest_singular_value(scratch, more, w, own_slot_thread, lane);
+    if (lane == 0) shared.place[slot].sigma = sigma >= 1.f || sigma != sigma ? sigma : 1.f;  // all warps the same
+    __syncthreads();
 #endif
     Gradients d;
     if (walks)
@@ -441,7 +438,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
 #pragma unroll
             for (int k = 0; k < KS; k++) clear(d.weight[k]);
 #if BOUNDED
-            const float unclamped = unclamped_limit(in.q, in.dy[slot], in.f[slot], place.omega, p.clip, row, lane);
+            const float unclamped = unclamped_limit(in.q, in.dy[slot], in.f[slot], place.sigma, p.clip, row, lane);
 #endif
             Packed next;
             load_packed(next, shared.end[keep][slot][warp], lane);

@@ -1,6 +1,6 @@
 // Whether the clamp on the state's gradient can have anything to do in 8 steps.
 
-#define BOUNDED (CLIP && PARTS == 1)
+#define BOUNDED (CLIP && PARTS == 1 && V <= 32)
 // Then the loop over 8 steps is there twice, with the clamp and without: a branch in each step would keep the compiler from
 // interleaving them. For wide states that is more code than the instruction cache holds.
 #define TWO_LOOPS (V <= 16)
@@ -21,14 +21,45 @@ __device__ __forceinline__ float largest(const uint4* x, int count) {  // of bfl
     return max_or_nan(low_bf16(pair), high_bf16(pair));
 }
 
+// Not less than W's largest singular value σ and at most V^(1/16) σ: ‖(W Wᵀ)⁴‖^(1/8), in the norm of all numbers. By the
+// threads of a head, all of the block at once; x and y [V, V] are its own.
+__device__ __forceinline__ float largest_singular_value(float* x, float* y, const float* weight, u32 thread, int lane) {
+    for (u32 i = thread; i < V * V; i += SLOT_THREADS) x[i] = weight[i];
+#pragma unroll 1
+    for (int power = 0; power < 3; power++) {  // y = x xᵀ
+        __syncthreads();
+#pragma unroll 1
+        for (u32 i = thread; i < V * V; i += SLOT_THREADS) {
+            const u32 row = i / V * V, column = i % V;
+            float product = 0.f;
+#pragma unroll 4
+            for (u32 k = 0; k < V; k++) {
+                const u32 j = (k + column) % V;  // lanes begin at different columns, in different banks
+                product = fmaf(x[row + j], x[column * V + j], product);
+            }
+            y[i] = product;
+        }
+        float* last = x;
+        x = y, y = last;
+    }
+    __syncthreads();
+    float sum = 0.f;
+#pragma unroll 1
+    for (int i = lane; i < V * V; i += 32) sum = fmaf(x[i], x[i], sum);
+#pragma unroll
+    for (int width = 1; width < 32; width *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, width);
+    return sqrtf(sqrtf(sqrtf(sqrtf(sum))));
+}
+
 // Up to which |c| the clamp has nothing to do in an octet of the staged chunk; lanes 8 i to 8 i + 7 return that of octet i.
-// Where 0 ≤ f ≤ 1, a step takes the largest |G| = |q dyᵀ + c| to at most f + (1 - f) ω times as much, ω ≥ 1 not less than
-// the sum over a row of |W|; 1.02 leaves room for roundings. NaN if f is something else, or for NaN.
+// Where 0 ≤ f ≤ 1, a step takes the norm of a row of G = q dyᵀ + c to at most f + (1 - f) σ times as much, σ ≥ 1 not less than
+// W's largest singular value; 1.02 leaves room for roundings. A row's norm is at most √V times its largest number. NaN if f
+// is something else, or for NaN.
 __device__ __forceinline__ float unclamped_limit(
-    const char* q, const char* dy, const float* f, float omega, float limit, int row, int lane
+    const char* q, const char* dy, const float* f, float sigma, float limit, int row, int lane
 ) {
     const bool inside = f[lane] >= 0.f && f[lane] <= 1.f;
-    float growth = inside ? 1.02f * fmaf(1.f - f[lane], omega, f[lane]) : __uint_as_float(0x7fc00000u);
+    float growth = inside ? 1.02f * fmaf(1.f - f[lane], sigma, f[lane]) : __uint_as_float(0x7fc00000u);
     float largest_q = largest((const uint4*)(q + 2 * (lane * (ROWS + PAD) + row)), 2);
     float largest_dy = largest((const uint4*)(dy + 2 * lane * (V + PAD)), V / 8);
 #pragma unroll
@@ -37,7 +68,8 @@ __device__ __forceinline__ float unclamped_limit(
         largest_q = max_or_nan(largest_q, __shfl_xor_sync(0xffffffffu, largest_q, width));
         largest_dy = max_or_nan(largest_dy, __shfl_xor_sync(0xffffffffu, largest_dy, width));
     }
-    return __fdividef(limit, growth) - 8.f * largest_q * largest_dy;
+    constexpr float root = V == 8 ? 2.83f : V == 16 ? 4.f : 5.66f;
+    return __fdividef(limit, root * growth) - 8.f * largest_q * largest_dy;
 }
 __device__ __forceinline__ bool within(const float (&x)[NT][4], float limit) {
     float largest = 0.f;

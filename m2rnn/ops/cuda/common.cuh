@@ -100,13 +100,6 @@ __device__ __forceinline__ float tanh_of(float x) {
 #endif
 }
 
-// The largest, over the lanes of a warp. As bits of float32 that are not negative, NaN is larger than any number.
-__device__ __forceinline__ u32 largest_of_warp(u32 x) {
-    u32 y;
-    asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(y) : "r"(x));
-    return y;
-}
-
 // Clamps to [-limit, limit]; a NaN stays a NaN. Gradients rarely reach the limit, and to test for that is cheaper.
 __device__ __forceinline__ void clamp(float (&x)[NT][4], float limit) {
     float sum[2];  // two chains of additions are quicker than one
