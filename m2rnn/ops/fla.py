@@ -1,6 +1,5 @@
 """The linear recurrences by the GPU kernels of flash-linear-attention, where they can run and are right."""
 
-import functools
 import importlib.metadata
 import importlib.util
 import re
@@ -48,19 +47,26 @@ def _why_no_gradient(device: torch.device, delta: bool) -> str | None:
     )
 
 
-@functools.cache
 def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+    return package in _PACKAGES
 
 
-@functools.cache
 def triton_version() -> tuple[int, ...]:
     """Of the installed Triton, which PyTorch's builds for GPUs bring; (0, 0, 0) without one."""
+    return _TRITON
+
+
+def _version_of(package: str) -> tuple[int, ...]:
     try:
-        version = importlib.metadata.version("triton")
+        version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return (0, 0, 0)
     return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+
+
+# Looked up once, and not by a function with a cache, of which torch.compile would warn
+_PACKAGES = frozenset(package for package in ("fla", "tilelang") if importlib.util.find_spec(package))
+_TRITON = _version_of("triton")
 
 
 def gated_delta(
