@@ -9,13 +9,21 @@ import pytest
 import torch
 
 from m2rnn.ops import scan
+from m2rnn.ops.cuda import launch
 
-GPU = SimpleNamespace(name="GPU X", major=9, minor=0, shared_memory_per_block_optin=227 << 10)
+GPU = SimpleNamespace(
+    name="GPU X",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    shared_memory_per_multiprocessor=228 << 10,
+    shared_memory_per_block_optin=227 << 10,
+)
 
 
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
-    caches = (scan.why_unavailable, scan._warn_fallback, scan._triton_limit)
+    caches = (scan.why_unavailable, scan._warn_fallback, scan._triton_limit, launch._gpu)
     for cached in caches:
         cached.cache_clear()
     yield
