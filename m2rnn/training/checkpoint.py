@@ -258,6 +258,12 @@ def _damage(path: Path) -> str | None:
         if content["format"] != FORMAT:
             return f"{manifest} has the format {content['format']!r}, not {FORMAT!r}"
         described: dict[str, Any] = content["files"]
+        for name in (STATE, "model-00000.safetensors"):
+            if name not in described:
+                return f"{manifest} is damaged (it lists no {name})"
+        for file in path.glob("*.safetensors"):
+            if file.name not in described:
+                return f"{file} is not one of the files that {MANIFEST} lists"
         for name, expected in described.items():
             file = path / name
             size = file.stat().st_size

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -288,6 +289,17 @@ def test_a_harmed_checkpoint_is_named_and_the_one_before_it_works(tmp_path, data
         shutil.rmtree(newest)
         train(settings_of(data), tmp_path)
         assert_same_run(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("file", ["state.json", "model-00000.safetensors", "optimizer-00000.safetensors"])
+def test_a_file_that_a_checkpoint_does_not_list_is_named(tmp_path, data, undisturbed, file):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    manifest = tmp_path / "checkpoints" / "step-00000006" / "checkpoint.json"
+    content = json.loads(manifest.read_text())
+    del content["files"][file]
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=rf"{re.escape(file)}.*go on from step-00000004"):
+        train(settings_of(data), tmp_path)
 
 
 def test_another_runs_checkpoint_is_refused(tmp_path, data, undisturbed):
