@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from m2rnn.ops.scan import m2rnn_step
 from m2rnn.ops.shapes import state_dtype
@@ -107,7 +107,7 @@ def few_rows_linear(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-_LIBRARY = torch.library.Library("m2rnn", "FRAGMENT")
+_LIBRARY = library.Library("m2rnn", "FRAGMENT")
 _PARAMETERS = (
     "Tensor weight, Tensor A_log, Tensor dt_bias, Tensor? conv_weight, Tensor? conv_bias, Tensor? D,"
     " Tensor? norm_weight, float norm_eps, int q_heads, int k_heads, int v_heads, int g_heads, bool silu, str? backend"
@@ -123,7 +123,7 @@ _LIBRARY.define(
 _LIBRARY.define("few_rows_linear(Tensor x, Tensor weight) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 
 
-@torch.library.impl(_LIBRARY, "decode_step", "CompositeExplicitAutograd")
+@library.impl(_LIBRARY, "decode_step", "CompositeExplicitAutograd")
 def _decode_step(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     token = Token(*arguments)
     new_state: Tensor
@@ -139,7 +139,7 @@ def _decode_step(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return y, new_state, token.projected.new_empty(0) if new_conv_state is None else new_conv_state
 
 
-@torch.library.impl(_LIBRARY, "decode_step_", "CompositeExplicitAutograd")
+@library.impl(_LIBRARY, "decode_step_", "CompositeExplicitAutograd")
 def _decode_step_(*arguments: Any) -> Tensor:
     token = Token(*arguments)
     if _has_kernel(token):
@@ -194,7 +194,7 @@ def _plain(token: Token) -> tuple[Tensor, Tensor, Tensor | None]:
     return y.to(token.projected.dtype), new_state, new_conv_state
 
 
-@torch.library.impl(_LIBRARY, "few_rows_linear", "CompositeExplicitAutograd")
+@library.impl(_LIBRARY, "few_rows_linear", "CompositeExplicitAutograd")
 def _few_rows_linear(x: Tensor, weight: Tensor) -> Tensor:
     if x.is_cuda and 0 < x.shape[0] <= FEW_ROWS:
         from m2rnn.ops.cuda import step
@@ -204,7 +204,7 @@ def _few_rows_linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight).clone()
 
 
-@torch.library.register_fake("m2rnn::decode_step", lib=_LIBRARY)
+@library.register_fake("m2rnn::decode_step", lib=_LIBRARY)
 def _decode_step_fake(
     projected: Tensor, state: Tensor, conv_state: Tensor | None, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,12 +212,12 @@ def _decode_step_fake(
     return _decode_step_fake_(projected, state, conv_state), torch.empty_like(state), new_conv_state
 
 
-@torch.library.register_fake("m2rnn::decode_step_", lib=_LIBRARY)
+@library.register_fake("m2rnn::decode_step_", lib=_LIBRARY)
 def _decode_step_fake_(projected: Tensor, state: Tensor, conv_state: Tensor | None, *rest: object) -> Tensor:
     _, heads, _, value_dim = state.shape
     return projected.new_empty(projected.shape[0], heads * value_dim)
 
 
-@torch.library.register_fake("m2rnn::few_rows_linear", lib=_LIBRARY)
+@library.register_fake("m2rnn::few_rows_linear", lib=_LIBRARY)
 def _few_rows_linear_fake(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])

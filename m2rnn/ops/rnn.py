@@ -1,4 +1,4 @@
-"""The vector recurrences of the paper's baselines, RNN and GRU: public functions, validation, torch.library, autograd.
+"""The vector recurrences of the paper's baselines, RNN and GRU: public functions, validation, registration, autograd.
 
 Both are one operator, ``m2rnn::vector_scan``, with one input and weight or three. Its output is the state after every
 step, so the backward pass reads that and nothing else is saved.
@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from m2rnn.ops import rnn_reference
 from m2rnn.ops.scan import (
@@ -219,7 +219,7 @@ def _kernels(backend: str) -> ModuleType:
 # ---------------------------------------------------------------------------------------- operators and autograd
 
 
-_LIBRARY = torch.library.Library("m2rnn", "FRAGMENT")
+_LIBRARY = library.Library("m2rnn", "FRAGMENT")
 _LIBRARY.define(
     "vector_scan(Tensor[] inputs, Tensor[] weights, Tensor? initial_state, Tensor? cu_seqlens, bool check_offsets,"
     " float? state_clip, str? backend) -> (Tensor, Tensor)",
@@ -232,7 +232,7 @@ _LIBRARY.define(
 )
 
 
-@torch.library.impl(_LIBRARY, "vector_scan", "CompositeExplicitAutograd")
+@library.impl(_LIBRARY, "vector_scan", "CompositeExplicitAutograd")
 def _scan(
     inputs: list[Tensor],
     weights: list[Tensor],
@@ -254,7 +254,7 @@ def _scan(
             return _kernels(name).forward(inputs, weights, initial_state, cu_seqlens)  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("m2rnn::vector_scan", lib=_LIBRARY)
+@library.register_fake("m2rnn::vector_scan", lib=_LIBRARY)
 def _scan_fake(
     inputs: list[Tensor],
     weights: list[Tensor],
@@ -270,7 +270,7 @@ def _scan_fake(
     return x.new_empty(x.shape, dtype=promoted_dtype(inputs)), final
 
 
-@torch.library.impl(_LIBRARY, "vector_scan_backward", "CompositeExplicitAutograd")
+@library.impl(_LIBRARY, "vector_scan_backward", "CompositeExplicitAutograd")
 def _scan_backward(
     dy: Tensor | None,
     d_final: Tensor | None,
@@ -296,7 +296,7 @@ def _scan_backward(
     return d_inputs, d_weights, y.new_empty(0) if d_initial is None else d_initial
 
 
-@torch.library.register_fake("m2rnn::vector_scan_backward", lib=_LIBRARY)
+@library.register_fake("m2rnn::vector_scan_backward", lib=_LIBRARY)
 def _scan_backward_fake(
     dy: Tensor | None,
     d_final: Tensor | None,
@@ -330,11 +330,11 @@ def _autograd(ctx: Any, dy: Tensor | None, d_final: Tensor | None) -> tuple[Any,
     return d_inputs, d_weights, None if initial_state is None else d_initial, None, None, None, None
 
 
-torch.library.register_autograd("m2rnn::vector_scan", _autograd, setup_context=_setup_context, lib=_LIBRARY)
+library.register_autograd("m2rnn::vector_scan", _autograd, setup_context=_setup_context, lib=_LIBRARY)
 
 
 def _no_second_derivative(ctx: Any, *gradients: Any) -> None:
     raise RuntimeError("rnn_scan and gru_scan can be differentiated once: their gradient has none (create_graph=True)")
 
 
-torch.library.register_autograd("m2rnn::vector_scan_backward", _no_second_derivative, lib=_LIBRARY)
+library.register_autograd("m2rnn::vector_scan_backward", _no_second_derivative, lib=_LIBRARY)

@@ -1,4 +1,4 @@
-"""The public operator: what it computes, validation, backend choice, registration with torch.library, autograd.
+"""The public operator: what it computes, validation, backend choice, registration with PyTorch, autograd.
 
 ``m2rnn::scan`` and ``m2rnn::scan_backward`` are the registered operators; every backend stands behind these two.
 """
@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from m2rnn.ops import cuda, reference
 from m2rnn.ops.shapes import (
@@ -358,8 +358,8 @@ def validate_offsets(cu_seqlens: Tensor | None, steps: int) -> None:
 # ---------------------------------------------------------------------------------------- operators and autograd
 
 
-# torch.library.custom_op would say the same in fewer lines, but imports torch's compiler at the first call: a second
-_LIBRARY = torch.library.Library("m2rnn", "DEF")
+# library.custom_op would say the same in fewer lines, but imports torch's compiler at the first call: a second
+_LIBRARY = library.Library("m2rnn", "DEF")
 _ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor f, Tensor weight, Tensor? initial_state"
 _LIBRARY.define(
     f"scan({_ARGUMENTS}, Tensor? cu_seqlens, bool check_offsets, float? state_clip, str? backend, bool save)"
@@ -373,7 +373,7 @@ _LIBRARY.define(
 )
 
 
-@torch.library.impl(_LIBRARY, "scan", "CompositeExplicitAutograd")
+@library.impl(_LIBRARY, "scan", "CompositeExplicitAutograd")
 def _scan(
     q: Tensor,
     k: Tensor,
@@ -399,7 +399,7 @@ def _scan(
             return _kernels(name).forward(q, k, v, f, weight, initial_state, cu_seqlens, save)  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("m2rnn::scan", lib=_LIBRARY)
+@library.register_fake("m2rnn::scan", lib=_LIBRARY)
 def _scan_fake(
     q: Tensor,
     k: Tensor,
@@ -434,7 +434,7 @@ def _scan_fake(
     return y, final, final.new_empty(count, *state)
 
 
-@torch.library.impl(_LIBRARY, "scan_backward", "CompositeExplicitAutograd")
+@library.impl(_LIBRARY, "scan_backward", "CompositeExplicitAutograd")
 def _scan_backward(
     dy: Tensor | None,
     d_final: Tensor | None,
@@ -465,7 +465,7 @@ def _scan_backward(
     return *gradients, q.new_empty(0) if d_initial is None else d_initial  # type: ignore[return-value]
 
 
-@torch.library.register_fake("m2rnn::scan_backward", lib=_LIBRARY)
+@library.register_fake("m2rnn::scan_backward", lib=_LIBRARY)
 def _scan_backward_fake(
     dy: Tensor | None,
     d_final: Tensor | None,
@@ -501,11 +501,11 @@ def _autograd(ctx: Any, dy: Tensor | None, d_final: Tensor | None, _: Any) -> tu
     return *gradients, None if initial_state is None else d_initial, None, None, None, None, None
 
 
-torch.library.register_autograd("m2rnn::scan", _autograd, setup_context=_setup_context, lib=_LIBRARY)
+library.register_autograd("m2rnn::scan", _autograd, setup_context=_setup_context, lib=_LIBRARY)
 
 
 def _no_second_derivative(ctx: Any, *gradients: Tensor | None) -> None:
     raise RuntimeError("m2rnn_scan can be differentiated once: its gradient has no derivative (create_graph=True)")
 
 
-torch.library.register_autograd("m2rnn::scan_backward", _no_second_derivative, lib=_LIBRARY)
+library.register_autograd("m2rnn::scan_backward", _no_second_derivative, lib=_LIBRARY)

@@ -1,4 +1,4 @@
-"""The fused short convolution for GPUs: public function, validation, torch.library, autograd.
+"""The fused short convolution for GPUs: public function, validation, registration, autograd.
 
 Nothing is saved for the backward pass but the arguments. Elsewhere ``m2rnn.layers.ShortConv`` takes PyTorch's own.
 """
@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from m2rnn.ops.scan import triton_is_interpreted, why_unavailable
 
@@ -104,7 +104,7 @@ def _kernels(x: Tensor) -> ModuleType:
 # ---------------------------------------------------------------------------------------- operators and autograd
 
 
-_LIBRARY = torch.library.Library("m2rnn", "FRAGMENT")
+_LIBRARY = library.Library("m2rnn", "FRAGMENT")
 _LIBRARY.define(
     "short_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? starts, bool silu) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
@@ -116,17 +116,17 @@ _LIBRARY.define(
 )
 
 
-@torch.library.impl(_LIBRARY, "short_conv", "CompositeExplicitAutograd")
+@library.impl(_LIBRARY, "short_conv", "CompositeExplicitAutograd")
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor | None, silu: bool) -> Tensor:
     return _kernels(x).forward(x, weight, bias, starts, silu)  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("m2rnn::short_conv", lib=_LIBRARY)
+@library.register_fake("m2rnn::short_conv", lib=_LIBRARY)
 def _conv_fake(x: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor | None, silu: bool) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.impl(_LIBRARY, "short_conv_backward", "CompositeExplicitAutograd")
+@library.impl(_LIBRARY, "short_conv_backward", "CompositeExplicitAutograd")
 def _conv_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +135,7 @@ def _conv_backward(
     return dx, d_weight, weight.new_empty(0) if d_bias is None else d_bias
 
 
-@torch.library.register_fake("m2rnn::short_conv_backward", lib=_LIBRARY)
+@library.register_fake("m2rnn::short_conv_backward", lib=_LIBRARY)
 def _conv_backward_fake(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,11 +154,11 @@ def _autograd(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return dx, d_weight, None if bias is None else d_bias, None, None
 
 
-torch.library.register_autograd("m2rnn::short_conv", _autograd, setup_context=_setup_context, lib=_LIBRARY)
+library.register_autograd("m2rnn::short_conv", _autograd, setup_context=_setup_context, lib=_LIBRARY)
 
 
 def _no_second_derivative(ctx: Any, *gradients: Any) -> None:
     raise RuntimeError("short_conv can be differentiated once: its gradient has none (create_graph=True)")
 
 
-torch.library.register_autograd("m2rnn::short_conv_backward", _no_second_derivative, lib=_LIBRARY)
+library.register_autograd("m2rnn::short_conv_backward", _no_second_derivative, lib=_LIBRARY)

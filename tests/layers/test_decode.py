@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from m2rnn.layers import M2RNN
 from m2rnn.layers.m2rnn import M2RNNState, StaticM2RNNState
@@ -279,9 +279,9 @@ def test_operators_are_registered_properly(device: str, conv: bool) -> None:
         *(arguments[name] for name in ("conv_weight", "conv_bias", "D", "norm_weight")),
         1e-5, 1, 1, 4, 4, True, None,
     ]  # fmt: skip
-    torch.library.opcheck(torch.ops.m2rnn.decode_step.default, order)
-    torch.library.opcheck(torch.ops.m2rnn.decode_step_.default, order)
-    torch.library.opcheck(
+    library.opcheck(torch.ops.m2rnn.decode_step.default, order)
+    library.opcheck(torch.ops.m2rnn.decode_step_.default, order)
+    library.opcheck(
         torch.ops.m2rnn.few_rows_linear.default, (torch.randn(2, 16, device=device), torch.randn(5, 16, device=device))
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -72,7 +72,7 @@ def test_opcheck(case: Case, backend: str, device: str) -> None:
                 return x
             return x.detach().clone().requires_grad_(x.is_floating_point() and "backward" not in name)
 
-        torch.library.opcheck(func, tuple(map(copy, args)), {key: copy(x) for key, x in kwargs.items()})
+        library.opcheck(func, tuple(map(copy, args)), {key: copy(x) for key, x in kwargs.items()})
 
 
 def test_opcheck_of_the_step() -> None:
@@ -80,7 +80,7 @@ def test_opcheck_of_the_step() -> None:
     with _Recorder() as recorder, torch.no_grad():
         m2rnn_step(*(inputs[n][:, 0] for n in "qkvf"), inputs["weight"], inputs["initial_state"])
     for func, args, kwargs in recorder.calls:
-        torch.library.opcheck(func, args, kwargs)
+        library.opcheck(func, args, kwargs)
 
 
 COMPILERS = ["aot_eager", "inductor"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from m2rnn.ops import rnn, rnn_reference
 from m2rnn.ops.rnn import gru_scan, rnn_scan
@@ -368,12 +368,12 @@ def test_operators_are_registered_properly(matrices: int, kernel: str) -> None:
         xs, ws = ([problem.inputs[n] for n in NAMES[matrices] if n.startswith(letter)] for letter in "xw")
         initial = problem.inputs.get("initial_state")
         arguments = (xs, ws, initial, problem.cu_seqlens, True, case.clip, kernel)
-        torch.library.opcheck(torch.ops.m2rnn.vector_scan.default, arguments)
+        library.opcheck(torch.ops.m2rnn.vector_scan.default, arguments)
         with torch.no_grad():
             y, final = torch.ops.m2rnn.vector_scan(*arguments)
             detached = [[x.detach() for x in tensors] for tensors in (xs, ws)]
             initial = None if initial is None else initial.detach()
-            torch.library.opcheck(
+            library.opcheck(
                 torch.ops.m2rnn.vector_scan_backward.default,
                 (y, final, *detached, initial, y, problem.cu_seqlens, case.clip, kernel),
             )

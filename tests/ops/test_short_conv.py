@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from m2rnn.ops import short_conv as operator
 from m2rnn.ops.scan import why_unavailable
@@ -244,9 +244,9 @@ def test_reads_a_part_of_a_projection_in_place(monkeypatch: pytest.MonkeyPatch) 
 def test_operators_are_registered_properly(case: Case) -> None:
     problem = make(case)
     arguments = (problem.inputs["x"], problem.inputs["weight"], problem.inputs.get("bias"), problem.starts, case.silu)
-    torch.library.opcheck(torch.ops.m2rnn.short_conv.default, arguments)
+    library.opcheck(torch.ops.m2rnn.short_conv.default, arguments)
     detached = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
-    torch.library.opcheck(torch.ops.m2rnn.short_conv_backward.default, (problem.dy, *detached))
+    library.opcheck(torch.ops.m2rnn.short_conv_backward.default, (problem.dy, *detached))
 
 
 @runs
