@@ -30,6 +30,9 @@ struct alignas(64) Kept {  // of 8 steps; warps a multiple of 64 bytes apart mee
     float df[8];
 };
 
+// Steps of the recomputation: at V = 32 all 8 and those of the walk back exceed the instruction cache
+constexpr int RECOMPUTED = V == 32 && UNROLLED > 4 ? 4 : UNROLLED;
+
 #define BUFFERS (AHEAD ? 3 : 1)  // of inputs: on their way, computing states, walking back
 
 struct Inputs {  // of a chunk
@@ -173,6 +176,15 @@ __device__ __forceinline__ void stage_two(
             other ? other_tile : tile, other ? other_data : data, other ? other_stride : stride, first, begin, end,
             columns, other ? i - total : i);
     }
+}
+
+// The state after a step once more, from f itself: 1 - f, with which a state keeps its bits where f is 1, would be one
+// operation more.
+__device__ __forceinline__ void blend_again(float (&next)[NT][4], const float (&h)[NT][4], const float (&z)[NT][4], float f) {
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) next[n][i] = fmaf(f, h[n][i] - z[n][i], z[n][i]);
 }
 
 __device__ __forceinline__ void load_staged(float (&h)[NT][4], const saved_t (&state)[16][V], int lane) {
@@ -323,12 +335,8 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
     load_matrix(weight, p.weight + head / p.weight_repeat * V * V, false, lane);
     load_matrix(transposed_weight, p.weight + head / p.weight_repeat * V * V, true, lane);
 #if BOUNDED
-    static_assert(sizeof(Kept) >= V * V * sizeof(float), "room for a matrix");
-    float *scratch = shared.dweight[slot][0], *more = (float*)&shared.kept[0][0][slot][0];
-    const float* w = p.weight + head / p.weight_repeat * V * V;
-    const float sigma = largest_singular_value(scratch, more, w, own_slot_thread, lane);
-    if (lane == 0) shared.place[slot].sigma = sigma >= 1.f || sigma != sigma ? sigma : 1.f;  // all warps the same
-    __syncthreads();
+    const float sigma = largest_singular_value(transposed_weight);
+    if (own_slot_thread == 0) shared.place[slot].sigma = sigma >= 1.f || sigma != sigma ? sigma : 1.f;
 #endif
     Gradients d;
     if (walks)
@@ -412,18 +420,20 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
 #pragma unroll 1
             for (int octet = 0; octet < CHUNK; octet += 8) {
                 if (octet + 8 <= low(first) || octet >= high(first)) continue;
-#pragma unroll UNROLLED
+                alignas(16) float f[8];
+                *(float4*)f = *(const float4*)&in.f[slot][octet];
+                *(float4*)(f + 4) = *(const float4*)&in.f[slot][octet + 4];
+#pragma unroll RECOMPUTED
                 for (int step = 0; step < 8; step++) {
                     Outer key_value;
                     load_vectors(key_value, k_tile, v_tile, octet, step, row, zeros, lane);
-                    const float f = in.f[slot][octet + step];
                     if (step % 2 == 0)
                         store_packed(kept[octet / 8 * SLOTS * WARPS].pairs[step / 2].states, packed, lane);
                     float z[NT][4];
                     clear(z);
                     add_outer(z, key_value, octet + step, row, in.k, in.v[slot], lane);
                     update(z, packed, weight);
-                    blend(h, z, gate(f));
+                    blend_again(h, h, z, f[step]);
                     pack(packed, h);
                 }
             }
@@ -474,10 +484,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
                         clear(z0);
                         add_outer(z0, key_value[0], octet + step, row, in.k, in.v[slot], lane);
                         update(z0, before, weight);
-#pragma unroll
-                        for (int n = 0; n < NT; n++)
-#pragma unroll
-                            for (int i = 0; i < 4; i++) h1[n][i] = fmaf(f.x, h0[n][i] - z0[n][i], z0[n][i]);
+                        blend_again(h1, h0, z0, f.x);
                         pack(between, h1);
                         clear(z1);
                         add_outer(z1, key_value[1], octet + step + 1, row, in.k, in.v[slot], lane);
@@ -496,16 +503,13 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
                     }
                 };
 #if BOUNDED
-                const bool clamps = !within(d.carry, __shfl_sync(0xffffffffu, unclamped, octet));
-#else
-                constexpr bool clamps = CLIP;
-#endif
-                if (!TWO_LOOPS)
-                    walk_octet(clamps);
-                else if (clamps)
-                    walk_octet(true);
-                else
+                if (within(d.carry, __shfl_sync(0xffffffffu, unclamped, octet)))
                     walk_octet(false);
+                else
+                    walk_octet(true);
+#else
+                walk_octet(CLIP);
+#endif
                 const float df = sum_lanes(d.f, lane);
                 if (lane < 8) octet_kept.df[lane] = df;
             }
