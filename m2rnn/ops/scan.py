@@ -429,7 +429,8 @@ def _scan_fake(
         packed = cu_seqlens is not None and name != "cuda"
         count = saved_states(q.shape[0], q.shape[1], packed, chunk)
     if name == "cuda":
-        saved_dtype = y.dtype if cuda_parts(y.dtype, q.shape[1]) == 1 else dtype
+        parts = cuda_parts(y.dtype, q.shape[1], cu_seqlens)
+        saved_dtype = y.dtype if parts == 1 else dtype
         return y, final, final.new_empty(count, *state[:2], cuda_width(state[2]), dtype=saved_dtype)
     return y, final, final.new_empty(count, *state)
 

@@ -48,9 +48,11 @@ def cuda_width(value_dim: int) -> int:
     return next(width for width in (8, 16, 32, 64) if value_dim <= width)
 
 
-def cuda_parts(dtype: torch.dtype, steps: int) -> int:
+def cuda_parts(dtype: torch.dtype, steps: int, cu_seqlens: Tensor | None = None) -> int:
     """How many bfloat16 numbers each number is the sum of in the CUDA kernels' matrix products.
 
-    One for bfloat16. But y of few steps may be a sum that cancels, and there a second costs little.
+    One for bfloat16. But y of few steps (of a pack, on average) may be a sum that cancels; a second costs little there.
     """
-    return {torch.bfloat16: 1 if steps > CUDA_CHUNK else 2, torch.float16: 2, torch.float32: 3}[dtype]
+    sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    few = steps <= CUDA_CHUNK * sequences
+    return {torch.bfloat16: 2 if few else 1, torch.float16: 2, torch.float32: 3}[dtype]

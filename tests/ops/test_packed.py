@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from m2rnn.ops import m2rnn_scan
-from tests.ops.cases import Case, evaluate, make_problem, run
+from tests.ops.cases import Case, check, evaluate, make_problem, run, truth
 
 LENGTHS = [(7, 1, 33), (0, 5, 64), (40, 0, 0, 3), (2, 31, 0), (0,), (0, 0), (), (32, 32, 1, 1), (1,) * 70]
 
@@ -46,6 +46,14 @@ def test_packed_equals_one_sequence_at_a_time(
     tolerance = 1e-12 if case.dtype == torch.float64 else 1e-5
     for name, x in packed.items():
         torch.testing.assert_close(x, apart[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("value", [16, 64])
+def test_short_sequences_match_float64(value: int, seed: int, backend: str, device: str) -> None:
+    """Their y may be a sum that cancels, which shows the rounding of each summand."""
+    case = Case(lengths=(7, 1, 33), key=32, value=value, forget="slow", dtype=torch.bfloat16)
+    check(run(make_problem(case, seed=seed, device=device), backend), truth(case, seed), case)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=lambda x: "+".join(map(str, x))[:20])

@@ -142,7 +142,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor) -> str |
     value_dim, dtype = v.shape[-1], output_dtype(q, k, v)
     if value_dim > 64:
         return f"V is {value_dim}, and the CUDA kernels take up to 64"
-    least = _Variant(cuda_width(value_dim), 1, 1, dtype, cuda_parts(dtype, q.shape[1]))
+    least = _Variant(cuda_width(value_dim), 1, 1, dtype, cuda_parts(dtype, 1))  # for sequences of any length
     if least.shared_bytes("backward") > _gpu(q.device).shared_limit:
         gpu = torch.cuda.get_device_name(q.device)
         return f"V is {value_dim} in {str(dtype)[6:]}, for which {gpu} has too little shared memory"
@@ -256,7 +256,7 @@ def forward(
         v, weight, initial_state = pad(v, (0, missing)), pad(weight, (0, missing) * 2), _pad(initial_state, missing)
         y, final, saved = forward(q, k, v, f, weight, initial_state, cu_seqlens, save)
         return y[..., :value_dim].contiguous(), final[..., :value_dim].contiguous(), saved
-    gpu, variant = _gpu(q.device), _variant(q, k, v)
+    gpu, variant = _gpu(q.device), _variant(q, k, v, cu_seqlens)
     groups = _row_groups(variant, q.shape[3], gpu.shared_limit)
     if len(groups) > 1:
         parts = [forward(q[..., g], k[..., g], v, f, weight, _rows(initial_state, g), cu_seqlens, save) for g in groups]
@@ -273,7 +273,7 @@ def forward(
     final = q.new_empty(sequences, *state, dtype=torch.float32)
     y = q.new_empty(batch, steps, heads, v.shape[3])
     count = batch * (max(steps - 1, 0) // CHUNK) if save else 0
-    saved = q.new_empty(count, *state, dtype=dtype if cuda_parts(dtype, steps) == 1 else torch.float32)
+    saved = q.new_empty(count, *state, dtype=dtype if variant.parts == 1 else torch.float32)
 
     with torch.cuda.device(q.device):
         units = sequences * heads
@@ -320,7 +320,7 @@ def backward(
         )
         dv, dweight = dv[..., :value_dim].contiguous(), dweight[:, :value_dim, :value_dim].contiguous()
         return dq, dk, dv, df, dweight, None if d_initial is None else d_initial[..., :value_dim].contiguous()
-    gpu, single = _gpu(q.device), _variant(q, k, v, state_clip)
+    gpu, single = _gpu(q.device), _variant(q, k, v, cu_seqlens, state_clip)
     row_groups = _row_groups(single, q.shape[3], gpu.shared_limit)
     if len(row_groups) > 1:
         parts = [
@@ -407,10 +407,11 @@ def _window(steps: int, step_bytes: int, slice_length: int, limit: int) -> tuple
     return window, min(slice_length, window)
 
 
-def _variant(q: Tensor, k: Tensor, v: Tensor, clip: float | None = None) -> _Variant:
+def _variant(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, clip: float | None = None) -> _Variant:
     """One head a block, all rows of its state."""
     warps, dtype = -(-q.shape[3] // 16), output_dtype(q, k, v)
-    return _Variant(v.shape[3], warps, 1, dtype, cuda_parts(dtype, q.shape[1]), clip is not None)
+    parts = cuda_parts(dtype, q.shape[1], cu_seqlens)
+    return _Variant(v.shape[3], warps, 1, dtype, parts, clip is not None)
 
 
 def _rows(state: Tensor | None, rows: slice) -> Tensor | None:
