@@ -31,12 +31,12 @@ torch.set_num_threads(int(threads))
 on_gpu = backend != "cpu"
 torch.set_default_device("cuda" if on_gpu else "cpu")
 normal = torch.randn
-inputs = [normal(2, 9, 1, 64), normal(2, 9, 1, 64), normal(2, 9, 2, 16), torch.rand(2, 9, 2), normal(2, 16, 16)]
+inputs = [normal(2, 64, 1, 64), normal(2, 64, 1, 64), normal(2, 64, 2, 16), torch.rand(2, 64, 2), normal(2, 16, 16)]
 if on_gpu:
     inputs[:3] = [x.bfloat16() for x in inputs[:3]]
     torch.cuda.synchronize()
 start = time.perf_counter()
-y, _ = ops.m2rnn_scan(*(x.requires_grad_() for x in inputs), backend=backend)
+y, _ = ops.m2rnn_scan(*(x.requires_grad_() for x in inputs), state_clip=1.0, backend=backend)
 y.sum().backward()
 if on_gpu:
     torch.cuda.synchronize()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from m2rnn.evaluation.bench_contenders import CONTENDERS, PASSES, Shape
 
-SLEEP_CYCLES = 1_000_000
+SLEEP_CYCLES = 3_000_000  # 1.5 ms: what the launches of a backward pass under autograd take a slow host
 CACHE_BYTES = 256 << 20  # more than any GPU's cache
 SLOW_SECONDS = 1.0  # a call that takes longer is timed once
 
