@@ -43,7 +43,7 @@ def _why_no_gradient(device: torch.device, delta: bool) -> str | None:
     return (
         f"with Triton {'.'.join(map(str, version))} its gated chunk kernels compute wrong gradients on a Hopper GPU "
         "(3.4.0 up to but without 3.7.1 do): upgrade to Triton 3.7.1 or newer, which torch 2.12.1 and newer bring"
-        + (", or pip install tilelang" if delta else "")
+        + (", or pip install tilelang, which needs nvcc" if delta else "")
     )
 
 

@@ -23,9 +23,9 @@ class Log(AbstractContextManager["Log"]):
 
     def write(self, **values: Any) -> None:
         self._file.write(json.dumps(values).encode() + b"\n")
+        self._file.flush()  # for whoever follows the file, and for what a kill leaves
 
     def size_on_disk(self) -> int:
         """Force all lines to disk and return the bytes they take."""
-        self._file.flush()
         os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size

@@ -173,6 +173,8 @@ def train(
         if step < settings.steps:
             raise Stopped(step, interrupted())
         seconds = monitor.seconds
+        on_gpu = args.device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated(args.device) if on_gpu else None  # without what follows
         display.say("measuring the loss on the validation split")
         valid = validate(trainer, settings, data)
         display.say("writing the model")
@@ -190,6 +192,7 @@ def train(
             "seconds": round(seconds, 2),
             "tokens_per_second": speed,
             "mfu": None if speed is None else throughput.utilisation(speed),
+            "gpu_memory_bytes": memory,
             "machine": machine(args.device, args.world_size),
         }
         if first:
