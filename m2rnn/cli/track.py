@@ -58,6 +58,9 @@ def track(
     ] = DEFAULT.decay_steps,
     batch_size: Annotated[int, typer.Option(help="Sequences of a step.")] = DEFAULT.batch_size,
     learning_rate: Annotated[float, typer.Option(help="AdamW's peak learning rate.")] = DEFAULT.learning_rate,
+    noise: Annotated[
+        float, typer.Option(help="Standard deviation of noise on the embeddings in training, so that the state holds.")
+    ] = DEFAULT.noise,
     seed: Annotated[int, typer.Option(help="Determines weights and sequences.")] = DEFAULT.seed,
     model: Annotated[
         list[str] | None,
@@ -99,6 +102,7 @@ def track(
             decay_steps=decay_steps,
             batch_size=batch_size,
             learning_rate=learning_rate,
+            noise=noise,
             seed=seed,
             test_lengths=numbers("test_lengths", test_lengths, "128,256,512"),
             test_sequences=test_sequences,

@@ -1,8 +1,8 @@
 """Train a model to track the state of a word problem; a kill at any moment costs a few steps, nothing else.
 
 The logits at position t classify the product of the first t + 1 elements: targets and inputs have the same
-positions. Batches are a function of (seed, step), so weights, optimizer and `Progress` are the whole state of
-a run.
+positions. Batches and noise are functions of (seed, step), so weights, optimizer and `Progress` are the whole state
+of a run.
 """
 
 import time
@@ -11,7 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from m2rnn.data.run_folder import LOG
@@ -100,7 +102,10 @@ def train(
         while not curriculum.is_finished(progress) and (minutes is None or seconds < 60 * minutes):
             batch = problem.batch("train", progress.step, settings.batch_size, progress.length, progress.inputs)
             rate = settings.learning_rate * curriculum.learning_rate(progress)
-            loss, gradient_norm = train_step(model, optimizer, batch, rate)
+            noise = None
+            if settings.noise:
+                noise = draw_noise(settings, progress.step, (*batch.inputs.shape, model.config.hidden_size))
+            loss, gradient_norm = train_step(model, optimizer, batch, rate, noise)
             length, inputs, progress = progress.length, progress.inputs, curriculum.after(progress, loss)
             seconds = earlier_seconds + time.monotonic() - began
             log.write(
@@ -132,12 +137,35 @@ def train(
     return TrainingResult(model.eval(), outcome, progress, seconds)
 
 
+def draw_noise(settings: TrackSettings, step: int, shape: tuple[int, ...]) -> Tensor:
+    """Noise ``[B, T, hidden_size]`` for the embeddings of a step: the same whenever this step of this run is taken.
+
+    Its standard deviation is drawn for each sequence, from 0 to ``settings.noise``: a model that has always had noise
+    comes to need it.
+    """
+    (seed,) = np.random.SeedSequence((settings.seed, step)).generate_state(1)
+    generator = torch.Generator(settings.device).manual_seed(int(seed))
+    deviation = settings.noise * torch.rand((shape[0], 1, 1), generator=generator, device=settings.device)
+    return deviation * torch.randn(shape, generator=generator, device=settings.device)
+
+
 def train_step(
-    model: M2RNNForCausalLM, optimizer: torch.optim.Optimizer, batch: Batch, learning_rate: float
+    model: M2RNNForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    learning_rate: float,
+    noise: Tensor | None = None,
 ) -> tuple[float, float]:
-    """One step on ``batch``: its loss (nats per token) and the gradient's norm before clipping."""
+    """One step on ``batch``: its loss (nats per token) and the gradient's norm before clipping.
+
+    ``noise`` is added to the embeddings. It pushes the state at every token, so what is right at the end of a sequence
+    is a state that is pulled back to where it belongs, and that holds far beyond the training's lengths.
+    """
     device = model.device
-    logits = model(torch.from_numpy(batch.inputs).to(device), use_cache=False).logits
+    embedded = model.get_input_embeddings()(torch.from_numpy(batch.inputs).to(device))
+    if noise is not None:
+        embedded = embedded + noise
+    logits = model(inputs_embeds=embedded, use_cache=False).logits
     loss = cross_entropy(logits.flatten(0, 1).float(), torch.from_numpy(batch.targets).to(device).flatten())
     optimizer.zero_grad()
     loss.backward()

@@ -29,6 +29,7 @@ class TrackSettings:
     decay_steps: int = 100  # on which the learning rate goes to zero at the end
     batch_size: int = 128
     learning_rate: float = 5e-3
+    noise: float = 0.0  # standard deviation, in training, of what is added to the embeddings, whose own is 1 at first
     seed: int = 0
     test_lengths: tuple[int, ...] = (128, 256, 512, 1024, 4096)
     test_sequences: int = 256
@@ -47,6 +48,8 @@ class TrackSettings:
                 raise SettingsError(f"{name} {value}: expected a whole number of at least 1")
         if not 0 < self.learning_rate < math.inf:
             raise SettingsError(f"learning_rate {self.learning_rate}: expected a number above 0, like 5e-3")
+        if not 0 <= self.noise < math.inf:
+            raise SettingsError(f"noise {self.noise}: expected a standard deviation of at least 0, like 0.5")
         if not self.grow_below > 0:
             raise SettingsError(f"grow_below {self.grow_below}: expected a loss above 0, like 0.03")
         lengths = self.test_lengths

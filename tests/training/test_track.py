@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 
 from m2rnn.data.run_folder import RunFolderError, run_folder
 from m2rnn.training.curriculum import Curriculum, Progress
-from m2rnn.training.track import build_config, build_model, train
+from m2rnn.training.track import build_config, build_model, draw_noise, train, train_step
 from m2rnn.training.track_settings import SettingsError, TrackSettings
 
 ROOT = Path(__file__).parents[2]
@@ -98,7 +99,7 @@ def test_ctrl_c_in_a_comparison_saves_every_run(tmp_path):
 
 
 def test_an_interrupted_run_resumes_to_the_same_log_and_weights(tmp_path, monkeypatch):
-    settings = TrackSettings(group="parity", model=TINY, train_length=6, steps=9, batch_size=4)
+    settings = TrackSettings(group="parity", model=TINY, train_length=6, steps=9, batch_size=4, noise=0.5)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     whole.mkdir()
     stopped.mkdir()
@@ -161,6 +162,34 @@ def test_a_run_that_stays_at_one_length_is_given_up(tmp_path):
     assert train(settings, tmp_path).progress == result.progress
 
 
+def test_noise_is_of_every_strength_and_the_same_for_a_step():
+    settings = TrackSettings(noise=0.5, seed=1)
+    noise = draw_noise(settings, 7, (200, 32, 60))
+    assert noise.equal(draw_noise(settings, 7, (200, 32, 60)))
+    others = [draw_noise(settings, 8, (200, 32, 60)), draw_noise(replace(settings, seed=2), 7, (200, 32, 60))]
+    deviations = noise.std((1, 2))
+    for other in others:
+        assert abs(np.corrcoef(deviations, other.std((1, 2)))[0, 1]) < 0.3  # 4 standard errors
+    # Uniform from 0 to 0.5: a mean and a deviation within 4 standard errors
+    np.testing.assert_allclose(deviations.mean(), 0.25, atol=0.042)
+    np.testing.assert_allclose(deviations.std(), 0.5 / 12**0.5, atol=0.02)
+
+
+def test_noise_is_added_to_the_embeddings():
+    settings = TrackSettings(model=TINY)
+    batch = settings.problem().batch("train", 0, 2, 4)
+    model = build_model(settings)
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding.weight, torch.Tensor)
+    # With the noise that makes every token an identity, the loss is the one of identities
+    noise = (embedding.weight[0] - embedding(torch.from_numpy(batch.inputs))).detach()
+    with torch.no_grad():
+        logits = model(torch.zeros(2, 4, dtype=torch.long)).logits
+    likelihood = logits.log_softmax(-1).gather(-1, torch.from_numpy(batch.targets)[..., None])
+    loss, _ = train_step(model, torch.optim.SGD(model.parameters()), batch, 0.0, noise)
+    np.testing.assert_allclose(loss, -likelihood.mean().item(), rtol=1e-5)
+
+
 def test_building_a_model_leaves_the_random_state_alone():
     settings = TrackSettings(model=TINY, seed=3)
     torch.manual_seed(5)
@@ -197,6 +226,8 @@ def test_building_a_model_leaves_the_random_state_alone():
         ({"model": {"num_hidden_layers": 2}}, "model.num_hidden_layers: expected a field"),
         ({"model": {"vocab_size": 3}}, "model.vocab_size 3: expected at least 6"),
         ({"learning_rate": float("inf")}, "learning_rate inf"),
+        ({"noise": -0.5}, "noise -0.5"),
+        ({"noise": float("inf")}, "noise inf"),
     ],
 )
 def test_settings_that_cannot_work_are_named(change, message):
