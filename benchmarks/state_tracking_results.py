@@ -52,18 +52,24 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def plot(path: Path, comparisons: list[list[dict[str, Any]]]) -> None:
-    """One panel a problem, with the same colours in all."""
-    figure = Figure(figsize=(3.2 * len(comparisons) + 2.2, 3.4), layout="constrained")
-    panels = figure.subplots(1, len(comparisons), sharey=True, squeeze=False)[0]
+    """One panel a problem, three in a row, with the same colours in all."""
+    columns = min(len(comparisons), 3)
+    rows = -(-len(comparisons) // columns)
+    figure = Figure(figsize=(3.2 * columns + 2.2, 3.1 * rows + 0.3), layout="constrained")
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
     mixers = dict.fromkeys(run["settings"]["mixer"] for runs in comparisons for run in runs)
     styles = dict(zip(mixers, cycle(STYLES), strict=False))
-    for axes, runs in zip(panels, comparisons, strict=True):
+    for axes, runs in zip(panels, comparisons, strict=False):
         draw(axes, runs, styles)
         axes.set_title(problem(runs[0]), fontsize=9)
         axes.set_xlabel("sequence length (tokens)")
         axes.tick_params(axis="x", labelsize=8, labelrotation=90)
-    panels[0].set_ylabel("accuracy, last quarter of positions")
-    handles, labels = max((axes.get_legend_handles_labels() for axes in panels), key=lambda found: len(found[0]))
+    for axes in panels[len(comparisons) :]:
+        axes.set_visible(False)
+    for axes in panels[::columns]:
+        axes.set_ylabel("accuracy, last quarter of positions")
+    drawn = panels[: len(comparisons)]
+    handles, labels = max((axes.get_legend_handles_labels() for axes in drawn), key=lambda found: len(found[0]))
     labels = [label.partition(" (")[0] for label in labels]  # chance differs from panel to panel
     figure.legend(handles, labels, frameon=False, loc="outside right center")
     save_figure(figure, path)
