@@ -95,7 +95,7 @@ WITH_EXPERTS = ("qwen3_next", "granite")
 
 def make(family: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> PreTrainedModel:
     """An evaluation-mode model with the same weights on every call."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         model = CLASSES[family](config(family, **overrides)).to(dtype).eval()
     if family in WITH_EXPERTS:

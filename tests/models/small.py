@@ -50,6 +50,6 @@ def config(name: str = "hybrid", **overrides: Any) -> M2RNNConfig:
 
 def make(name: str = "hybrid", dtype: torch.dtype = torch.float64, **overrides: Any) -> M2RNNForCausalLM:
     """An evaluation-mode model with the same weights on every call."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         return M2RNNForCausalLM(config(name, **overrides)).to(dtype).eval()
