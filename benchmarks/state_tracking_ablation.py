@@ -56,9 +56,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 FIELDS = ["variant", "seed", "outcome", "steps", "length", "loss", "seconds", "last_quarter_128", "last_quarter_512"]
 
 
-def run(variant: str, seed: int, steps: int, minutes: float) -> dict[str, Any]:
+def run(variant: str, seed: int, steps: int, minutes: float, device: str) -> dict[str, Any]:
     torch.set_num_threads(1)
-    settings = TrackSettings(seed=seed, steps=steps, **VARIANTS[variant])
+    settings = TrackSettings(seed=seed, steps=steps, device=device, **VARIANTS[variant])
     with tempfile.TemporaryDirectory() as folder:
         trained = train(settings, Path(folder), minutes=minutes)
     accuracy = [score_model(trained.model, settings, length).last_quarter() for length in (128, 512)]
@@ -67,9 +67,11 @@ def run(variant: str, seed: int, steps: int, minutes: float) -> dict[str, Any]:
     return dict(zip(FIELDS, [*values, *accuracy], strict=True))
 
 
-def rows(seeds: list[int], jobs: int, steps: int, minutes: float, variants: list[str]) -> Iterator[dict[str, Any]]:
+def rows(
+    seeds: list[int], jobs: int, steps: int, minutes: float, variants: list[str], device: str
+) -> Iterator[dict[str, Any]]:
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        runs = [pool.submit(run, variant, seed, steps, minutes) for variant in variants for seed in seeds]
+        runs = [pool.submit(run, variant, seed, steps, minutes, device) for variant in variants for seed in seeds]
         for done in as_completed(runs):
             yield done.result()
 
@@ -91,14 +93,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--minutes", type=float, default=4.0, help="most minutes a run trains")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--variants", default=";".join(VARIANTS), help=f"separated by ; of: {'; '.join(VARIANTS)}")
     parser.add_argument("--csv", type=Path, default=Path("state_tracking_ablation.csv"))
     options = parser.parse_args()
     variants = [name for name in VARIANTS if name in options.variants.split(";")]
-    machine = hardware("cpu") | versions(("m2rnn", "torch", "numba"))
+    machine = hardware(options.device) | versions(("m2rnn", "torch", "numba"))
     results: list[dict[str, Any]] = []
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    for row in rows(seeds, options.jobs, options.steps, options.minutes, variants):
+    for row in rows(seeds, options.jobs, options.steps, options.minutes, variants, options.device):
         results.append(row)
         accuracy = f"{row['last_quarter_128']:.1%} at 128, {row['last_quarter_512']:.1%} at 512"
         reached = f"length {row['length']} after {row['steps']} steps"

@@ -17,6 +17,7 @@ from itertools import accumulate, pairwise
 from operator import index
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from m2rnn.ops import fla
@@ -270,7 +271,14 @@ def _linear_chunks(
 
 def _sum_from_start(log_decay: Tensor) -> Tensor:
     """Sums along the last dimension in float64: only their differences matter, which are much smaller."""
-    return log_decay.double().cumsum(-1)
+    sums = log_decay.double()
+    if not sums.is_cuda:
+        return sums.cumsum(-1)
+    shift = 1  # PyTorch's cumsum on a GPU has no fixed order, and refuses deterministic mode
+    while shift < sums.shape[-1]:
+        sums = sums + F.pad(sums[..., :-shift], (shift, 0))
+        shift *= 2
+    return sums
 
 
 def _decay_between(later: Tensor, earlier: Tensor, seen: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,8 +17,8 @@ def _hadamard(size: int) -> torch.Tensor:
     return rotation
 
 
-# Once some numbers are clamped, the errors of the others still grow: with a gain of 2, 2^8 times within 8 steps, so that
-# the plain loop in float32 is off by 4e-5. bfloat16 needs that gain, for the bound on the growth by which kernels test.
+# Once some numbers are clamped, the errors of the others still grow: with a gain of 2, 2^8 times within 8 steps, so
+# that the plain loop in float32 is off by 4e-5. bfloat16 needs that gain, for the bound on growth that kernels test.
 @pytest.mark.parametrize(("gain", "dtype"), [(1.3, torch.bfloat16), (2.0, torch.bfloat16), (1.3, torch.float32)])
 @pytest.mark.parametrize("value", [8, 16, 32])
 def test_a_growing_gradient_is_clamped_in_time(

@@ -243,6 +243,13 @@ WIDE = {
 }
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", CASES)
+def test_chunks_on_a_gpu_are_the_definition(name: str) -> None:
+    """In deterministic mode, as all tests: PyTorch's sums in no fixed order are errors."""
+    check(CASES[name], torch.float32, "torch", "cuda")
+
+
 @needs_fla
 @pytest.mark.parametrize("name", WIDE)
 def test_kernels_and_pytorch_agree(name: str) -> None:
