@@ -1,4 +1,4 @@
-"""Language models of one size, trained alike on the same text: which mixer predicts unseen text best?
+"""Language models of one size, trained alike on the same text: which mixer predicts text best?
 
     python benchmarks/language_modelling.py TEXT --out runs/lm                 # six models, one GPU
     python benchmarks/language_modelling.py data/tokens --steps 900 --seed 0 --seed 1 --model m2rnn --model hybrid-gdn

@@ -81,7 +81,7 @@ def test_a_run_prints_its_table_and_running_it_again_prints_the_same(tmp_path):
 
 def test_options_become_settings(tmp_path):
     options = ["--group=Z5", "--inputs=generators", "--mixer=gru", "--no-curriculum", "--seed=3"]
-    options += ["--learning-rate=0.01"]
+    options += ["--learning-rate=0.01", "--noise=0.5"]
     assert run("--out", tmp_path, *QUICK, *options).exit_code == 0
     settings = json.loads((tmp_path / "settings.json").read_text())
     expected = TrackSettings(
@@ -94,6 +94,7 @@ def test_options_become_settings(tmp_path):
         steps=2,
         batch_size=2,
         learning_rate=0.01,
+        noise=0.5,
         seed=3,
         test_lengths=(4, 8),
         test_sequences=6,

@@ -59,7 +59,8 @@ def track(
     batch_size: Annotated[int, typer.Option(help="Sequences of a step.")] = DEFAULT.batch_size,
     learning_rate: Annotated[float, typer.Option(help="AdamW's peak learning rate.")] = DEFAULT.learning_rate,
     noise: Annotated[
-        float, typer.Option(help="Standard deviation of noise on the embeddings in training, so that the state holds.")
+        float,
+        typer.Option(help="Largest standard deviation of noise on the embeddings, another for each sequence."),
     ] = DEFAULT.noise,
     seed: Annotated[int, typer.Option(help="Determines weights and sequences.")] = DEFAULT.seed,
     model: Annotated[

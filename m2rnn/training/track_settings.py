@@ -29,7 +29,7 @@ class TrackSettings:
     decay_steps: int = 100  # on which the learning rate goes to zero at the end
     batch_size: int = 128
     learning_rate: float = 5e-3
-    noise: float = 0.0  # standard deviation, in training, of what is added to the embeddings, whose own is 1 at first
+    noise: float = 0.0  # on the embeddings in training: the largest standard deviation, each sequence has another
     seed: int = 0
     test_lengths: tuple[int, ...] = (128, 256, 512, 1024, 4096)
     test_sequences: int = 256

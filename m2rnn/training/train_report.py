@@ -99,8 +99,9 @@ def table(results: dict[str, Any], folder: Path) -> str:
     if results["tokens_per_second"] is not None:
         used = "" if utilisation is None else f", MFU {utilisation:.1%}"
         rows.append(("speed", f"{results['tokens_per_second']:,.0f} tokens/s{used}"))
-    if results["gpu_memory_bytes"] is not None:
-        rows.append(("memory", f"{results['gpu_memory_bytes'] / 2**30:.1f} GiB of a GPU at the most"))
+    memory = results.get("gpu_memory_bytes")  # older runs have none
+    if memory is not None:
+        rows.append(("memory", f"{memory / 2**30:.1f} GiB of a GPU at the most"))
     if results["spikes"]:
         rows.append(("loss spikes", f'{results["spikes"]}: see "spike" in {folder / LOG}'))
     return "\n".join(f"{title:<14}{text}" for title, text in rows)

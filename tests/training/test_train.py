@@ -29,6 +29,7 @@ from m2rnn.models.model import M2RNNBlock
 from m2rnn.training.checkpoint import CheckpointError
 from m2rnn.training.monitor import Monitor, NonFiniteError, kind_of
 from m2rnn.training.train import Stopped, build_config, build_model, dry_run, train, training_arguments
+from m2rnn.training.train_report import table
 from m2rnn.training.train_settings import SettingsError, load_settings
 from m2rnn.training.trainer import CheckpointingTrainer
 from tests.training.train_and_kill import SETTINGS
@@ -135,6 +136,14 @@ def test_a_finished_run_is_finished(tmp_path, data, undisturbed):
 
 
 @pytest.mark.slow
+def test_the_table_says_how_much_gpu_memory_was_taken_where_that_is_known(tmp_path, undisturbed):
+    results = json.loads((undisturbed / "results.json").read_text())
+    assert "memory" not in table(results, tmp_path), "there is none on a CPU"
+    assert "12.5 GiB of a GPU" in table(results | {"gpu_memory_bytes": 25 << 29}, tmp_path)
+    del results["gpu_memory_bytes"]  # a run that ended before it was noted
+    assert "memory" not in table(results, tmp_path)
+
+
 def test_killed_runs_end_with_the_same_bits(tmp_path, data, undisturbed):
     command = [sys.executable, str(Path(__file__).with_name("train_and_kill.py")), str(tmp_path), data, "0"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)

@@ -179,7 +179,7 @@ __device__ __forceinline__ void stage_two(
 }
 
 // The state after a step once more, from f itself: 1 - f, with which a state keeps its bits where f is 1, would be one
-// operation more.
+// operation more a step.
 __device__ __forceinline__ void blend_again(float (&next)[NT][4], const float (&h)[NT][4], const float (&z)[NT][4], float f) {
 #pragma unroll
     for (int n = 0; n < NT; n++)
@@ -420,9 +420,11 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
 #pragma unroll 1
             for (int octet = 0; octet < CHUNK; octet += 8) {
                 if (octet + 8 <= low(first) || octet >= high(first)) continue;
-                alignas(16) float f[8];
-                *(float4*)f = *(const float4*)&in.f[slot][octet];
-                *(float4*)(f + 4) = *(const float4*)&in.f[slot][octet + 4];
+                alignas(16) float f[8];  // in registers, if the loop is unrolled whole
+                if (RECOMPUTED == 8) {
+                    *(float4*)f = *(const float4*)&in.f[slot][octet];
+                    *(float4*)(f + 4) = *(const float4*)&in.f[slot][octet + 4];
+                }
 #pragma unroll RECOMPUTED
                 for (int step = 0; step < 8; step++) {
                     Outer key_value;
@@ -433,7 +435,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
                     clear(z);
                     add_outer(z, key_value, octet + step, row, in.k, in.v[slot], lane);
                     update(z, packed, weight);
-                    blend_again(h, h, z, f[step]);
+                    blend_again(h, h, z, RECOMPUTED == 8 ? f[step] : in.f[slot][octet + step]);
                     pack(packed, h);
                 }
             }

@@ -20,8 +20,8 @@ __device__ __forceinline__ float largest(const uint4* x, int count) {  // of bfl
     return max_or_nan(low_bf16(pair), high_bf16(pair));
 }
 
-// Not less than W's largest singular value σ and at most 1.02 V^(1/16) σ: ‖(W Wᵀ)⁴‖^(1/8), in the norm of all numbers. The
-// roundings of three products to bfloat16 take at most 1.4 % from it.
+// Not less than the largest singular value σ of W as bfloat16 has it, and hardly more than 1.02 V^(1/16) σ: ‖(W Wᵀ)⁴‖^(1/8),
+// in the norm of all numbers. The roundings of two products to bfloat16 take at most 1.2 % from it.
 __device__ __forceinline__ float largest_singular_value(const Matrix& transposed_weight) {
     Matrix m = transposed_weight;  // as operand A it is W, and later a symmetric matrix as either
     float x[NT][4];
