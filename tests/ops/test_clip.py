@@ -17,12 +17,15 @@ def _hadamard(size: int) -> torch.Tensor:
     return rotation
 
 
-# Once some numbers are clamped, the errors of the others still grow: with a gain of 2, 2^8 times within 8 steps, so
-# that the plain loop in float32 is off by 4e-5. bfloat16 needs that gain, for the bound on growth that kernels test.
-@pytest.mark.parametrize(("gain", "dtype"), [(1.3, torch.bfloat16), (2.0, torch.bfloat16), (1.3, torch.float32)])
+# Once some numbers are clamped, the errors of the others still grow: with a gain of 2, 2^8 times within 8 steps, when
+# the plain loop in float32 is off by 4e-5: it takes fewer steps. Kernels in bfloat16 bound the growth over 8 steps.
+@pytest.mark.parametrize(
+    ("gain", "dtype", "longest"),
+    [(1.3, torch.bfloat16, 8), (2.0, torch.bfloat16, 8), (1.3, torch.float32, 8), (2.0, torch.float32, 6)],
+)
 @pytest.mark.parametrize("value", [8, 16, 32])
 def test_a_growing_gradient_is_clamped_in_time(
-    gain: float, value: int, dtype: torch.dtype, backend: str, device: str
+    gain: float, value: int, dtype: torch.dtype, longest: int, backend: str, device: str
 ) -> None:
     """With f = 0, H = 0, since k = 0, and W a rotation times ``gain``, a step takes the norm times ``gain``."""
     if backend == "reference":
@@ -40,7 +43,7 @@ def test_a_growing_gradient_is_clamped_in_time(
     d_state = torch.nn.functional.one_hot(torch.randint(value, (BATCH, HEADS, KEY)), value).float()
     d_state[:, :, ::2] = value**-0.5
     before = 32  # steps; bfloat16 problems of no more than that are computed in float32
-    for after in range(1, 9):  # kernels look at 8 steps at a time
+    for after in range(1, longest + 1):  # kernels look at 8 steps at a time
         x = {name: t[:, : before + after] if t.shape[1] == 41 else t for name, t in inputs.items()}
         cotangents = (dy[:, : before + after], d_state)
         limit = 0.7 * gain**before
