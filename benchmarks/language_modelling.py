@@ -2,6 +2,7 @@
 
     python benchmarks/language_modelling.py TEXT --out runs/lm                 # six models, one GPU
     python benchmarks/language_modelling.py data/tokens --steps 900 --seed 0 --seed 1 --model m2rnn --model hybrid-gdn
+    python benchmarks/language_modelling.py data/tokens --unseen unseen.jsonl  # perplexity on another text, too
     python benchmarks/language_modelling.py TEXT --device cpu --width 64 --layers 8 --vocab-size 512 --context 64 \\
         --batch-size 4 --steps 20 --beyond 2 --out runs/dry                    # everything, as small as it gets
 
@@ -21,8 +22,10 @@ import gc
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -91,6 +94,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="its peak (default: %(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="default: on a GPU")
     parser.add_argument("--beyond", type=int, default=8, help="contexts of the loss by position (default: %(default)s)")
+    parser.add_argument("--unseen", help="text to measure perplexity on, too (benchmarks/unseen_documents.py)")
     parser.add_argument("--joined", action="store_true", help="its documents as one, if there are no long ones")
     parser.add_argument("--device", default=default_device(), choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, default=Path("runs/language-modelling"))
@@ -225,13 +229,18 @@ def evaluation(folder: Path, tokens: Path, arguments: argparse.Namespace, displa
         device=arguments.device,
         segment=None,
     )
+    unseen = replace(settings, train_length=None, split=None, joined=False)
     # As in training: weights, decays among them, stay float32.
     precision = torch.autocast("cuda", torch.bfloat16) if arguments.device == "cuda" else nullcontext()
     with precision:
         found = evaluate_perplexity([folder / MODEL], str(tokens), settings, folder / "eval", display=display)
+        if arguments.unseen:
+            other = evaluate_perplexity(
+                [folder / MODEL], arguments.unseen, unseen, folder / "eval-unseen", display=display
+            )
     (model,) = found["models"].values()
     whole, positions = model["contexts"][0], model["positions"]
-    return {
+    measured = {
         "loss": whole["loss"],
         "perplexity": whole["perplexity"],
         "bits_per_byte": whole["bits_per_byte"],
@@ -239,6 +248,10 @@ def evaluation(folder: Path, tokens: Path, arguments: argparse.Namespace, displa
         "multiples": positions["multiples"],
         "buckets": positions["buckets"],
     }
+    if arguments.unseen:
+        (model,) = other["models"].values()
+        measured |= {f"unseen_{name}": model["contexts"][0][name] for name in ("perplexity", "bits_per_byte")}
+    return measured
 
 
 # ------------------------------------------------------------------------------------------------------- results
@@ -289,22 +302,54 @@ def curve(folder: Path) -> list[tuple[int, float]]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A Markdown table; loss at a multiple is the mean over the positions from one context before it to it."""
-    done = [row for row in results if row.get("multiples")]
-    lengths = [x for x in (1, 2, 4, 8, 16) if done and x <= len(done[0]["multiples"])]
+    """Markdown: a row a run, and with several seeds one a model, of means and the lowest and highest perplexity."""
+    several = len({row["seed"] for row in results}) > 1
+    return "\n\n".join([runs_table(results), *([seeds_table(results)] if several else [])])
+
+
+def runs_table(results: list[dict[str, Any]]) -> str:
+    """Loss at a multiple is the mean over the positions from one context before it to it."""
+    lengths, unseen = lengths_of(results), any("unseen_perplexity" in row for row in results)
     head = ["model", "seed", "parameters", "state", "cache/token", "tokens/s", "perplexity", "bits/byte"]
-    lines = [[*head, *(f"loss at {x}×" for x in lengths)]]
+    lines = [[*head, *(["unseen"] if unseen else []), *(f"loss at {x}×" for x in lengths)]]
     for row in results:
         cells = [row["model"], str(row["seed"])]
         cells += [f"{row[name]:,}" for name in ("parameters", "state", "kv_cache_per_token")]
         if row["failure"]:
-            cells += [row["failure"], "", "", *("" for _ in lengths)]
+            cells += [row["failure"], *("" for _ in range(len(lines[0]) - len(cells) - 1))]
         else:
             cells += [f"{row['tokens_per_second']:,.0f}", f"{row['perplexity']:.3f}", f"{row['bits_per_byte']:.4f}"]
+            cells += [f"{row['unseen_perplexity']:.3f}"] if unseen else []
             cells += [f"{row['multiples'][x - 1]['loss']:.4f}" for x in lengths]
         lines.append(cells)
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown(lines)
+
+
+def seeds_table(results: list[dict[str, Any]]) -> str:
+    done = [row for row in results if not row["failure"]]
+    lengths, unseen = lengths_of(done), any("unseen_perplexity" in row for row in done)
+    measures = [("perplexity", 3), *([("unseen_perplexity", 3)] if unseen else [])]
+    lines = [["model", "seeds", "perplexity", *(["unseen"] if unseen else []), *(f"loss at {x}×" for x in lengths)]]
+    for name in dict.fromkeys(row["model"] for row in done):
+        rows = [row for row in done if row["model"] == name]
+        cells = [name, str(len(rows))]
+        for measure, digits in measures:
+            values = [row[measure] for row in rows]
+            cells.append(f"{mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})")
+        cells += [f"{mean(row['multiples'][x - 1]['loss'] for row in rows):.3f}" for x in lengths]
+        lines.append(cells)
+    return markdown(lines)
+
+
+def lengths_of(results: list[dict[str, Any]]) -> list[int]:
+    """Multiples of the training length that a table shows."""
+    measured = [len(row["multiples"]) for row in results if row.get("multiples")]
+    return [x for x in (1, 2, 4, 8, 16) if measured and x <= measured[0]]
+
+
+def markdown(lines: list[list[str]]) -> str:
+    head, *rows = lines
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
 
 
 def write_plots(
