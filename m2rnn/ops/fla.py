@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import re
+import subprocess
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ LARGEST_KEY = 256  #: rows of a state that the delta rule's kernels have room fo
 HOPPER = 9
 #: Triton from the first to before the second computes wrong gradients in the gated chunk kernels on Hopper
 WRONG_TRITON = (3, 4, 0), (3, 7, 1)
+#: So does what newer ones hand to an older assembler than this, in which NVIDIA mended asynchronous matrix products
+GOOD_PTXAS = (13, 3)
 
 
 def why_not(device: torch.device, dtype: torch.dtype, key_dim: int, *, trained: bool, delta: bool) -> str | None:
@@ -37,14 +40,24 @@ def why_not(device: torch.device, dtype: torch.dtype, key_dim: int, *, trained: 
 
 def _why_no_gradient(device: torch.device, delta: bool) -> str | None:
     version = triton_version()
-    wrong = torch.cuda.get_device_capability(device)[0] == HOPPER and WRONG_TRITON[0] <= version < WRONG_TRITON[1]
-    if not wrong or (delta and _installed("tilelang")):  # its TileLang kernel has the delta rule alone
+    if torch.cuda.get_device_capability(device)[0] != HOPPER or version < WRONG_TRITON[0]:
         return None
-    return (
-        f"with Triton {'.'.join(map(str, version))} its gated chunk kernels compute wrong gradients on a Hopper GPU "
-        "(3.4.0 up to but without 3.7.1 do): upgrade to Triton 3.7.1 or newer, which torch 2.12.1 and newer bring"
-        + (", or pip install tilelang, which needs nvcc" if delta else "")
-    )
+    triton, wrong = f"Triton {_dotted(version)}", "its gated chunk kernels compute wrong gradients on a Hopper GPU"
+    # its TileLang kernel has the delta rule alone
+    if version < WRONG_TRITON[1] and not (delta and _installed("tilelang")):
+        return f"with {triton} {wrong} (3.4.0 up to but without 3.7.1 do): upgrade to Triton 3.9 or newer" + (
+            ", or pip install tilelang, which needs nvcc" if delta else ""
+        )
+    if ptxas_version() < GOOD_PTXAS:
+        return (
+            f"with {triton} and its assembler, ptxas {_dotted(ptxas_version())}, {wrong} or fail: upgrade to Triton "
+            f"3.9 or newer, or set TRITON_PTXAS_PATH to a ptxas of CUDA {_dotted(GOOD_PTXAS)} or newer"
+        )
+    return None
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def _installed(package: str) -> bool:
@@ -56,6 +69,11 @@ def triton_version() -> tuple[int, ...]:
     return _TRITON
 
 
+def ptxas_version() -> tuple[int, ...]:
+    """Of the assembler that Triton uses for Hopper GPUs; (0, 0) if nobody knows."""
+    return _PTXAS
+
+
 def _version_of(package: str) -> tuple[int, ...]:
     try:
         version = importlib.metadata.version(package)
@@ -64,9 +82,20 @@ def _version_of(package: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
 
 
+def _version_of_ptxas() -> tuple[int, ...]:
+    try:
+        from triton.backends.nvidia.compiler import get_ptxas_version
+
+        found = re.search(r"release (\d+)\.(\d+)", get_ptxas_version(10 * HOPPER))
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError):
+        found = None
+    return tuple(map(int, found.groups())) if found else (0, 0)
+
+
 # Looked up once, and not by a function with a cache, of which torch.compile would warn
 _PACKAGES = frozenset(package for package in ("fla", "tilelang") if importlib.util.find_spec(package))
 _TRITON = _version_of("triton")
+_PTXAS = _version_of_ptxas() if "fla" in _PACKAGES else (0, 0)
 
 
 def gated_delta(

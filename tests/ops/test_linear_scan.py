@@ -268,9 +268,10 @@ GPU = torch.device("cuda", 0)
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict]:
     """A GPU machine that the test describes."""
-    described = {"capability": (9, 0), "triton": (3, 6, 0), "installed": {"fla"}}
+    described = {"capability": (9, 0), "triton": (3, 6, 0), "ptxas": (13, 3), "installed": {"fla"}}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: described["capability"])
     monkeypatch.setattr(fla, "triton_version", lambda: described["triton"])
+    monkeypatch.setattr(fla, "ptxas_version", lambda: described["ptxas"])
     monkeypatch.setattr(fla, "_installed", lambda package: package in described["installed"])
     linear_scan._warn_fallback.cache_clear()
     yield described
@@ -285,14 +286,19 @@ def resolve(backend: str | None = None, dtype: torch.dtype = torch.bfloat16, key
     ("change", "options", "reason"),
     [
         ({"triton": (3, 3, 1)}, {}, None),
-        ({"triton": (3, 4, 0)}, {}, r"Triton 3\.4\.0 .*wrong gradients on a Hopper GPU .*upgrade .* 3\.7\.1.*tilelang"),
+        ({"triton": (3, 4, 0)}, {}, r"Triton 3\.4\.0 .*wrong gradients on a Hopper GPU .*upgrade .* 3\.9.*tilelang"),
         ({"triton": (3, 7, 0)}, {}, r"Triton 3\.7\.0"),
         ({"triton": (3, 7, 1)}, {}, None),
+        ({"triton": (3, 8, 0), "ptxas": (12, 9)}, {}, r"ptxas 12\.9, .*wrong .*3\.9 .*TRITON_PTXAS_PATH .*13\.3"),
+        ({"triton": (3, 8, 0), "ptxas": (12, 9)}, {"trained": False}, None),
+        ({"triton": (3, 8, 0), "ptxas": (12, 9), "capability": (8, 0)}, {}, None),
+        ({"triton": (3, 3, 1), "ptxas": (12, 8)}, {}, None),
+        ({"installed": {"fla", "tilelang"}, "ptxas": (12, 8)}, {}, r"ptxas 12\.8, "),
         ({"capability": (8, 0)}, {}, None),
         ({"capability": (10, 0)}, {}, None),
         ({}, {"trained": False}, None),
         ({"installed": {"fla", "tilelang"}}, {}, None),
-        ({"installed": {"fla", "tilelang"}}, {"delta": False}, r"Triton 3\.6\.0 .*torch 2\.12\.1 and newer bring$"),
+        ({"installed": {"fla", "tilelang"}}, {"delta": False}, r"Triton 3\.6\.0 .*3\.9 or newer$"),
         ({"installed": set(), "triton": (3, 7, 1)}, {}, r"not installed: pip install 'm2rnn\[fla\]'"),
         ({"triton": (3, 7, 1)}, {"dtype": torch.float32}, "bfloat16 or float16, not float32"),
         ({"triton": (3, 7, 1)}, {"key": 257}, "keys of up to 256 channels, not 257"),
@@ -325,8 +331,9 @@ def test_cpu_tensors_take_pytorch() -> None:
         case.scan(inputs, "cuda")
 
 
-def test_version_of_triton_is_read_or_none() -> None:
+def test_versions_of_triton_and_its_assembler_are_read_or_none() -> None:
     assert fla.triton_version() == (0, 0, 0) if find_spec("triton") is None else fla.triton_version() > (3, 0, 0)
+    assert fla._version_of_ptxas() == (0, 0) if find_spec("triton") is None else fla._version_of_ptxas() > (12, 0)
 
 
 def test_kernels_get_what_they_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:

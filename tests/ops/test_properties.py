@@ -50,7 +50,7 @@ def _check(results: dict[str, Tensor], problem: Problem) -> None:
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for x in (*double.inputs.values(), *double.cotangents.values()):
-                x.mul_(1 + eps * torch.randn(x.shape, generator=generator, dtype=x.dtype))
+                x.mul_(1 + eps * torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device))
         rounded = run_autograd(double)
         for name, x in results.items():
             error = relative_error(x, expected[name])

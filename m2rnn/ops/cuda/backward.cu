@@ -178,15 +178,6 @@ __device__ __forceinline__ void stage_two(
     }
 }
 
-// The state after a step once more, from f itself: 1 - f, with which a state keeps its bits where f is 1, would be one
-// operation more a step.
-__device__ __forceinline__ void blend_again(float (&next)[NT][4], const float (&h)[NT][4], const float (&z)[NT][4], float f) {
-#pragma unroll
-    for (int n = 0; n < NT; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) next[n][i] = fmaf(f, h[n][i] - z[n][i], z[n][i]);
-}
-
 __device__ __forceinline__ void load_staged(float (&h)[NT][4], const saved_t (&state)[16][V], int lane) {
     for_pairs(lane, [&](int n, int i, int row, int column) {
 #if PARTS == 1
@@ -435,7 +426,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
                     clear(z);
                     add_outer(z, key_value, octet + step, row, in.k, in.v[slot], lane);
                     update(z, packed, weight);
-                    blend_again(h, h, z, RECOMPUTED == 8 ? f[step] : in.f[slot][octet + step]);
+                    blend(h, h, z, gate(RECOMPUTED == 8 ? f[step] : in.f[slot][octet + step]));
                     pack(packed, h);
                 }
             }
@@ -486,7 +477,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
                         clear(z0);
                         add_outer(z0, key_value[0], octet + step, row, in.k, in.v[slot], lane);
                         update(z0, before, weight);
-                        blend_again(h1, h0, z0, f.x);
+                        blend(h1, h0, z0, gate(f.x));
                         pack(between, h1);
                         clear(z1);
                         add_outer(z1, key_value[1], octet + step + 1, row, in.k, in.v[slot], lane);

@@ -460,15 +460,17 @@ __device__ __forceinline__ void update(float (&z)[NT][4], const Packed& state, c
         for (int i = 0; i < 4; i++) z[n][i] = tanh_of(z[n][i]);
 }
 
-// H ← f H + (1 - f) Z. In one part with one operation less for each number: a finite H keeps its bits where f is 1, and the
-// error is an ulp of H, which is below 1 unless a larger initial state was given.
+// next = f H + (1 - f) Z. In one part with one operation less for each number: a finite H keeps its bits where f is 1, and
+// the error is an ulp of H, which is below 1 unless a larger initial state was given.
 __device__ __forceinline__ float gate(float f) { return PARTS == 1 ? 1.f - f : f; }
-__device__ __forceinline__ void blend(float (&h)[NT][4], const float (&z)[NT][4], float gate) {
+__device__ __forceinline__ void blend(
+    float (&next)[NT][4], const float (&h)[NT][4], const float (&z)[NT][4], float gate
+) {
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            h[n][i] = PARTS == 1 ? fmaf(-gate, h[n][i] - z[n][i], h[n][i]) : fmaf(gate, h[n][i], (1.f - gate) * z[n][i]);
+            next[n][i] = PARTS == 1 ? fmaf(-gate, h[n][i] - z[n][i], h[n][i]) : fmaf(gate, h[n][i], (1.f - gate) * z[n][i]);
 }
 
 __device__ __forceinline__ void clear(float (&x)[NT][4]) {

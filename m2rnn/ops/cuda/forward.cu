@@ -179,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER) m2rnn_forward(co
                 float ahead[NT][4];
                 if (step < 7) multiply_key_value(ahead, step + 1);
                 update(z, packed, weight);
-                blend(h, z, gates[step]);
+                blend(h, h, z, gates[step]);
                 pack(packed, h);
                 float columns[KS][4] = {};  // of 8 steps, one of which is this
                 Transposed transposed;
