@@ -125,7 +125,7 @@ def test_clip_of_a_gradient_that_grows(f: float, dtype: torch.dtype, backend: st
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("steps", [40, 70])
 def test_a_state_that_slow_gates_grow_from_nothing(steps: int, dtype: torch.dtype, backend: str, device: str) -> None:
-    """It is a millionth of Z; f (H - Z) + Z, where states are computed again, would lose bits that f H + (1 - f) Z has."""
+    """It is a millionth of Z; f (H - Z) + Z, where states are computed again, would lose bits of it."""
     case = Case(time=steps, key=20, value=16, initial=False, dtype=dtype, gates=torch.float32)
     problem = make_problem(case, device=device)
     with torch.no_grad():
