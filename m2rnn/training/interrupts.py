@@ -2,23 +2,30 @@
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+SAME_REQUEST = 1.0  # seconds: timeout, torchrun and schedulers signal a process and its group, so it comes twice
+
 
 @contextmanager
 def interrupts_noted(signals: Sequence[signal.Signals] = (signal.SIGINT,)) -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether Ctrl-C was pressed, or another of ``signals`` came; the second one ends the
-    process at once."""
+    """Yield a function that says whether Ctrl-C was pressed, or another of ``signals`` came; one that comes more than
+    a second after the first ends the process at once."""
     noted = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's business
         yield noted.is_set
         return
+    first: list[float] = []
 
     def note(signal_number: int, frame: object) -> None:
         noted.set()
-        signal.signal(signal_number, previous[signal_number])
+        first.append(time.monotonic())
+        if first[-1] - first[0] > SAME_REQUEST:
+            signal.signal(signal_number, previous[signal_number])
+            signal.raise_signal(signal_number)
 
     previous: dict[int, Any] = {number: signal.signal(number, note) for number in signals}
     try:
