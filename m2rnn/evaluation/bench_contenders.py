@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m2rnn.evaluation.bench_floor import Counts, attention_counts, scan_counts
-from m2rnn.ops import m2rnn_scan, reference
+from m2rnn.ops import fla, m2rnn_scan, reference
 from m2rnn.training.track_settings import SettingsError
 
 STATE_CLIP = 1.0  # as in the paper's models
@@ -161,6 +161,10 @@ def _delta_tensors(shape: Shape, device: str, dtype: torch.dtype) -> Tensors:
 
 
 def _delta(*inputs: Tensor) -> Tensor:
+    q = inputs[0]
+    reason = fla.why_not(q.device, q.dtype, DELTA_KEY_DIM, trained=torch.is_grad_enabled(), delta=True)
+    if reason is not None:
+        raise RuntimeError(reason)
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     y: Tensor = chunk_gated_delta_rule(*inputs, use_qk_l2norm_in_kernel=True)[0]

@@ -51,7 +51,8 @@ def _why_no_gradient(device: torch.device, delta: bool) -> str | None:
     if ptxas_version() < GOOD_PTXAS:
         return (
             f"with {triton} and its assembler, ptxas {_dotted(ptxas_version())}, {wrong} or fail: upgrade to Triton "
-            f"3.9 or newer, or set TRITON_PTXAS_PATH to a ptxas of CUDA {_dotted(GOOD_PTXAS)} or newer"
+            f"3.9 or newer, or pip install 'nvidia-cuda-nvcc>={_dotted(GOOD_PTXAS)}' and set TRITON_PTXAS_PATH to its "
+            "nvidia/cu13/bin/ptxas"
         )
     return None
 

@@ -24,6 +24,7 @@ from m2rnn.evaluation.bench_floor import (
 )
 from m2rnn.evaluation.bench_measure import Effort, Stopwatch, Timing, in_turns, memory_in_child
 from m2rnn.evaluation.bench_report import COLUMNS, SETUP, _draw, empty_row, number, read_csv, table, write_plot
+from m2rnn.ops import fla
 from m2rnn.training.display import Display
 
 SHAPE = "B2T6N2K4V8"
@@ -132,6 +133,23 @@ def test_on_a_gpu_the_plan_holds_the_papers_shapes_and_sweeps_to_a_million_token
     for kind in ("step", "step in a CUDA graph"):
         assert {("decode", kind, "cuda", Shape(batch, 1, 84)) for batch in (1, 256)} <= entries
     assert {name for section, _, name, _ in entries if section == "decode"} == {"cuda", "triton", "reference"}
+
+
+def test_gated_deltanet_is_not_timed_where_its_kernels_are_wrong(monkeypatch):
+    """Of a training step the backward pass; the forward pass alone is right."""
+    asked = []
+
+    def why_not(*_, trained, delta):
+        asked.append(trained)
+        return "wrong gradients"
+
+    monkeypatch.setattr(fla, "why_not", why_not)
+    inputs = [torch.zeros(1)] * 5
+    with pytest.raises(RuntimeError, match="wrong gradients"):
+        CONTENDERS["gated_deltanet"].run(*inputs)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="wrong gradients"):
+        CONTENDERS["gated_deltanet"].run(*inputs)
+    assert asked == [True, False]
 
 
 def test_the_published_figures_stand_beside_the_kernels_on_an_h100_alone():

@@ -289,7 +289,7 @@ def resolve(backend: str | None = None, dtype: torch.dtype = torch.bfloat16, key
         ({"triton": (3, 4, 0)}, {}, r"Triton 3\.4\.0 .*wrong gradients on a Hopper GPU .*upgrade .* 3\.9.*tilelang"),
         ({"triton": (3, 7, 0)}, {}, r"Triton 3\.7\.0"),
         ({"triton": (3, 7, 1)}, {}, None),
-        ({"triton": (3, 8, 0), "ptxas": (12, 9)}, {}, r"ptxas 12\.9, .*wrong .*3\.9 .*TRITON_PTXAS_PATH .*13\.3"),
+        ({"triton": (3, 8, 0), "ptxas": (12, 9)}, {}, r"ptxas 12\.9, .*wrong .*3\.9 .*nvcc>=13\.3.*TRITON_PTXAS_PATH"),
         ({"triton": (3, 8, 0), "ptxas": (12, 9)}, {"trained": False}, None),
         ({"triton": (3, 8, 0), "ptxas": (12, 9), "capability": (8, 0)}, {}, None),
         ({"triton": (3, 3, 1), "ptxas": (12, 8)}, {}, None),
