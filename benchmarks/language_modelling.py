@@ -303,7 +303,7 @@ def curve(folder: Path) -> list[tuple[int, float]]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: a row a run, and with several seeds one a model, of means and the lowest and highest perplexity."""
-    several = len({row["seed"] for row in results}) > 1
+    several = len({row["seed"] for row in results if not row["failure"]}) > 1
     return "\n\n".join([runs_table(results), *([seeds_table(results)] if several else [])])
 
 
@@ -327,15 +327,17 @@ def runs_table(results: list[dict[str, Any]]) -> str:
 
 def seeds_table(results: list[dict[str, Any]]) -> str:
     done = [row for row in results if not row["failure"]]
-    lengths, unseen = lengths_of(done), any("unseen_perplexity" in row for row in done)
-    measures = [("perplexity", 3), *([("unseen_perplexity", 3)] if unseen else [])]
-    lines = [["model", "seeds", "perplexity", *(["unseen"] if unseen else []), *(f"loss at {x}×" for x in lengths)]]
+    lengths = lengths_of(done)
+    measures = [name for name in ("perplexity", "unseen_perplexity") if any(name in row for row in done)]
+    head = ["model", "seeds", *(name.replace("_perplexity", "") for name in measures)]
+    lines = [[*head, *(f"loss at {x}×" for x in lengths)]]
     for name in dict.fromkeys(row["model"] for row in done):
         rows = [row for row in done if row["model"] == name]
-        cells = [name, str(len(rows))]
-        for measure, digits in measures:
+        cells = [name, " ".join(str(row["seed"]) for row in rows)]
+        for measure in measures:
             values = [row[measure] for row in rows]
-            cells.append(f"{mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})")
+            spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.3f}{spread}")
         cells += [f"{mean(row['multiples'][x - 1]['loss'] for row in rows):.3f}" for x in lengths]
         lines.append(cells)
     return markdown(lines)

@@ -3,8 +3,8 @@
     python benchmarks/unseen_documents.py TRAIN HELD_OUT [HELD_OUT ...] --out unseen.jsonl
 
 A document's share of known text is that of its lines of 60 characters and more, in characters, that stand in the
-training text word for word. Writes those documents whose share is a tenth at most, as JSON lines; prints how many of
-each share there are. TRAIN and HELD_OUT are what `m2rnn prepare` takes.
+training text word for word. Writes those documents whose share is a tenth at most, as JSON lines, and none without such
+lines; prints how many of each share there are. TRAIN and HELD_OUT are what `m2rnn prepare` takes.
 """
 
 import argparse

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from typing import Any, Self
 
 import torch
@@ -150,8 +149,6 @@ def delta_heads(shape: Shape) -> int:
 
 
 def _delta_tensors(shape: Shape, device: str, dtype: torch.dtype) -> Tensors:
-    if find_spec("fla") is None:
-        raise ImportError("flash-linear-attention is not installed: pip install 'm2rnn[fla]'")
     generator = torch.Generator(device).manual_seed(0)
     normal: Any = partial(torch.randn, generator=generator, device=device, dtype=dtype)
     lead = (shape.batch, shape.steps, delta_heads(shape))

@@ -13,7 +13,7 @@ LARGEST_KEY = 256  #: rows of a state that the delta rule's kernels have room fo
 HOPPER = 9
 #: Triton from the first to before the second computes wrong gradients in the gated chunk kernels on Hopper
 WRONG_TRITON = (3, 4, 0), (3, 7, 1)
-#: So does what newer ones hand to an older assembler than this, in which NVIDIA mended asynchronous matrix products
+#: The first assembler in which NVIDIA names the faults with Hopper's asynchronous matrix products as mended
 GOOD_PTXAS = (13, 3)
 
 
@@ -43,17 +43,20 @@ def _why_no_gradient(device: torch.device, delta: bool) -> str | None:
     if torch.cuda.get_device_capability(device)[0] != HOPPER or version < WRONG_TRITON[0]:
         return None
     triton, wrong = f"Triton {_dotted(version)}", "its gated chunk kernels compute wrong gradients on a Hopper GPU"
+    newer = "upgrade to Triton 3.9 or newer"
+    old_ptxas = ptxas_version() < GOOD_PTXAS
+    assembler = (
+        f"pip install 'nvidia-cuda-nvcc>={_dotted(GOOD_PTXAS)}' and set TRITON_PTXAS_PATH to its nvidia/cu13/bin/ptxas"
+    )
     # its TileLang kernel has the delta rule alone
     if version < WRONG_TRITON[1] and not (delta and _installed("tilelang")):
-        return f"with {triton} {wrong} (3.4.0 up to but without 3.7.1 do): upgrade to Triton 3.9 or newer" + (
-            ", or pip install tilelang, which needs nvcc" if delta else ""
-        )
-    if ptxas_version() < GOOD_PTXAS:
-        return (
-            f"with {triton} and its assembler, ptxas {_dotted(ptxas_version())}, {wrong} or fail: upgrade to Triton "
-            f"3.9 or newer, or pip install 'nvidia-cuda-nvcc>={_dotted(GOOD_PTXAS)}' and set TRITON_PTXAS_PATH to its "
-            "nvidia/cu13/bin/ptxas"
-        )
+        reason = f"with {triton} {wrong} (3.4.0 up to but without 3.7.1 do): {newer}"
+        if delta:
+            reason += ", or pip install tilelang, which needs nvcc" + (f", and {assembler}" if old_ptxas else "")
+        return reason
+    if old_ptxas:
+        ptxas = f"ptxas {_dotted(ptxas_version())}" if any(ptxas_version()) else "a ptxas of unknown version"
+        return f"with {triton} and its assembler, {ptxas}, {wrong} or fail: {newer}, or {assembler}"
     return None
 
 

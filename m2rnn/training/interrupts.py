@@ -7,23 +7,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-SAME_REQUEST = 1.0  # seconds: timeout, torchrun and schedulers signal a process and its group, so it comes twice
+SAME_REQUEST = 1.0  # seconds: timeout and schedulers signal a process and its group, so it comes twice
 
 
 @contextmanager
 def interrupts_noted(signals: Sequence[signal.Signals] = (signal.SIGINT,)) -> Iterator[Callable[[], bool]]:
     """Yield a function that says whether Ctrl-C was pressed, or another of ``signals`` came; one that comes more than
-    a second after the first ends the process at once."""
+    a second after the first does what it did before, as soon as Python code runs."""
     noted = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's business
         yield noted.is_set
         return
-    first: list[float] = []
+    first: float | None = None
 
     def note(signal_number: int, frame: object) -> None:
+        nonlocal first
         noted.set()
-        first.append(time.monotonic())
-        if first[-1] - first[0] > SAME_REQUEST:
+        now = time.monotonic()
+        first = now if first is None else first
+        if now - first > SAME_REQUEST:
             signal.signal(signal_number, previous[signal_number])
             signal.raise_signal(signal_number)
 

@@ -136,7 +136,7 @@ def test_on_a_gpu_the_plan_holds_the_papers_shapes_and_sweeps_to_a_million_token
 
 
 def test_gated_deltanet_is_not_timed_where_its_kernels_are_wrong(monkeypatch):
-    """Of a training step the backward pass; the forward pass alone is right."""
+    """Asked as for training where a gradient is timed, and for the forward pass alone as without."""
     asked = []
 
     def why_not(*_, trained, delta):

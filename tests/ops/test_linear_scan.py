@@ -293,7 +293,9 @@ def resolve(backend: str | None = None, dtype: torch.dtype = torch.bfloat16, key
         ({"triton": (3, 8, 0), "ptxas": (12, 9)}, {"trained": False}, None),
         ({"triton": (3, 8, 0), "ptxas": (12, 9), "capability": (8, 0)}, {}, None),
         ({"triton": (3, 3, 1), "ptxas": (12, 8)}, {}, None),
-        ({"installed": {"fla", "tilelang"}, "ptxas": (12, 8)}, {}, r"ptxas 12\.8, "),
+        ({"installed": {"fla", "tilelang"}, "ptxas": (12, 8)}, {}, r"ptxas 12\.8, .*nvcc>=13\.3"),
+        ({"ptxas": (12, 8)}, {}, r"Triton 3\.6\.0 .*3\.9 or newer, or .* tilelang.*nvcc>=13\.3.*TRITON_PTXAS"),
+        ({"triton": (3, 8, 0), "ptxas": (0, 0)}, {}, r"ptxas of unknown version, "),
         ({"capability": (8, 0)}, {}, None),
         ({"capability": (10, 0)}, {}, None),
         ({}, {"trained": False}, None),
@@ -334,6 +336,14 @@ def test_cpu_tensors_take_pytorch() -> None:
 def test_versions_of_triton_and_its_assembler_are_read_or_none() -> None:
     assert fla.triton_version() == (0, 0, 0) if find_spec("triton") is None else fla.triton_version() > (3, 0, 0)
     assert fla._version_of_ptxas() == (0, 0) if find_spec("triton") is None else fla._version_of_ptxas() > (12, 0)
+
+
+def test_the_assembler_asked_for_is_that_of_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = pytest.importorskip("triton.backends.nvidia.compiler")
+    monkeypatch.setattr(
+        compiler, "get_ptxas_version", lambda arch: f"Cuda compilation tools, release {arch}.4, V{arch}.4.59"
+    )
+    assert fla._version_of_ptxas() == (90, 4)
 
 
 def test_kernels_get_what_they_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
