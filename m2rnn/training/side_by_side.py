@@ -53,8 +53,8 @@ def side_by_side(runs: Mapping[str, Run], jobs: int, display: Display, gpus: int
     """Call ``run(display=…)`` for each of ``runs``, ``jobs`` at a time, and yield name and result or `Failure` of each
     as it ends.
 
-    Ctrl-C, or leaving the loop over the results, interrupts the runs as Ctrl-C would and waits for them; a second
-    one ends them at once.
+    Ctrl-C, SIGTERM, or leaving the loop over the results, interrupts the runs as Ctrl-C would and waits for them; a
+    second one ends them at once.
 
     Args:
         runs: what to call, by name; functions and arguments go through pickle.
@@ -68,6 +68,8 @@ def side_by_side(runs: Mapping[str, Run], jobs: int, display: Display, gpus: int
     idle: list[_Worker] = []
     warned: set[str] = set()
     ended = failed = 0
+    before = signal.getsignal(signal.SIGTERM)
+    set_handler(signal.default_int_handler, signal.SIGTERM)
     try:
         while waiting or busy:
             while waiting and len(busy) < jobs:
@@ -97,6 +99,7 @@ def side_by_side(runs: Mapping[str, Run], jobs: int, display: Display, gpus: int
         if busy:
             display.say(f"stopping {len(busy)} runs, which save where they stand")
         stop(busy, idle)
+        set_handler(before, signal.SIGTERM)
 
 
 class _Worker:
@@ -175,9 +178,9 @@ def stop(busy: list[_Worker], idle: list[_Worker]) -> None:
         raise
 
 
-def set_handler(handler: Any) -> None:
+def set_handler(handler: Any, number: signal.Signals = signal.SIGINT) -> None:
     with suppress(ValueError):  # signals are the main thread's business
-        signal.signal(signal.SIGINT, handler)
+        signal.signal(number, handler)
 
 
 class Relay(Display):

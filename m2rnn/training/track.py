@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from signal import SIGINT, SIGTERM
 from typing import Literal
 
 import numpy as np
@@ -69,7 +70,7 @@ def train(
 ) -> TrainingResult:
     """Train in ``folder``, from its newest checkpoint if it holds one.
 
-    ``minutes`` ends the training after that much time, at a step that depends on the machine. Ctrl-C saves a
+    ``minutes`` ends the training after that much time, at a step that depends on the machine. Ctrl-C and SIGTERM save a
     checkpoint, then raises ``KeyboardInterrupt``.
     """
     display = display or Display()
@@ -98,7 +99,7 @@ def train(
 
     display.say(f"compiling kernels, then from step {progress.step} on")
     log_bytes = saved["log_bytes"] if saved else 0
-    with interrupts_noted() as interrupted, Log(folder / LOG, keep_bytes=log_bytes) as log:
+    with interrupts_noted((SIGINT, SIGTERM)) as interrupted, Log(folder / LOG, keep_bytes=log_bytes) as log:
         while not curriculum.is_finished(progress) and (minutes is None or seconds < 60 * minutes):
             batch = problem.batch("train", progress.step, settings.batch_size, progress.length, progress.inputs)
             rate = settings.learning_rate * curriculum.learning_rate(progress)

@@ -51,7 +51,8 @@ def test_killed_runs_end_with_the_same_bytes(tmp_path, undisturbed, seed):
     assert not leftovers
 
 
-def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_a_checkpoint_and_says_how_to_resume(tmp_path, number):
     settings = TrackSettings(group="parity", model=TINY, train_length=6, steps=2000, batch_size=4)
     log = tmp_path / "log.jsonl"
     options = "--group parity --train-length 6 --steps 2000 --batch-size 4 --device cpu"
@@ -61,7 +62,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(tmp_path):
         deadline = time.monotonic() + 60
         while not log.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "the same command resumes" in errors
@@ -73,7 +74,8 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(tmp_path):
         pass
 
 
-def test_ctrl_c_in_a_comparison_saves_every_run(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_a_comparison_saves_every_run(tmp_path, number):
     options = (
         "--compare m2rnn,gru --jobs 2 --train-length 6 --steps 100000 --batch-size 4 --device cpu --model hidden_size=8"
     )
@@ -86,7 +88,7 @@ def test_ctrl_c_in_a_comparison_saves_every_run(tmp_path):
         deadline = time.monotonic() + 120
         while not all(log.exists() and log.stat().st_size for log in logs) and time.monotonic() < deadline:
             time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, number)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "the same command resumes" in errors
