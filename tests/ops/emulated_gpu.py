@@ -1,0 +1,148 @@
+"""The CUDA kernels without a GPU: their source as C++ for the processor, run by ``emulated_gpu.hpp``."""
+
+import ctypes
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from m2rnn.ops.cuda import launch
+from m2rnn.ops.cuda.compiler import source_of
+
+COMPILER = shutil.which("g++")
+OLDEST = 12  # of g++, which has half precision
+
+
+def why_not() -> str | None:
+    """Why no GPU can be emulated here."""
+    if platform.system() != "Linux":
+        return "fibers as Linux has them"
+    if COMPILER is None:
+        return f"g++ {OLDEST} or newer"
+    version = subprocess.run([COMPILER, "-dumpversion"], check=True, capture_output=True, text=True).stdout
+    return None if int(version.partition(".")[0]) >= OLDEST else f"g++ {OLDEST} or newer, not {version.strip()}"
+
+
+H100 = launch._Gpu(multiprocessors=132, shared_total=228 << 10, shared_limit=227 << 10)
+Kernel = Callable[[int, ctypes.Structure, torch.device], None]
+
+LAUNCH = """
+static unsigned char arguments_[{size}];
+static void thread_() {{ m2rnn_{name}(*(const {struct}*)arguments_); }}
+extern "C" void run(unsigned blocks, unsigned threads, bool backwards, const void* arguments) {{
+    static_assert(sizeof({struct}) == {size}, "the launcher's arguments");
+    std::memcpy(arguments_, arguments, {size});
+    for (unsigned i = 0; i < blocks; i++) emulated::run_block(i, threads, backwards, thread_);
+}}
+"""
+
+
+class EmulatedGpu:
+    """Compiles kernels into ``folder``, each variant once, and runs them block after block."""
+
+    def __init__(self, folder: Path, gpu: launch._Gpu = H100) -> None:
+        self.folder, self.gpu, self.backwards = folder, gpu, False
+        self.kernels: dict[tuple[str, launch._Variant], Kernel] = {}
+        self.launched: list[tuple[str, int]] = []  # kernels, and how many blocks of them
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """``launch.forward`` and ``launch.backward`` take tensors on the CPU."""
+        with (
+            patch.object(launch, "_kernel", lambda name, variant, *_: self.kernel(name, variant)),
+            patch.object(launch, "_gpu", lambda device: self.gpu),
+            patch.object(torch.cuda, "device", nullcontext),
+        ):
+            yield
+
+    def kernel(self, name: str, variant: launch._Variant) -> Kernel:
+        key = name, variant
+        if key not in self.kernels:
+            self.kernels[key] = self._compile(name, variant)
+        return self.kernels[key]
+
+    def _compile(self, name: str, variant: launch._Variant) -> Kernel:
+        struct = {"forward": launch._Forward, "backward": launch._Backward}[name]
+        macros = "".join(f"#define {macro} {value}\n" for macro, value in variant.macros(name))
+        header = (Path(__file__).parent / "emulated_gpu.hpp").read_text()
+        size = ctypes.sizeof(struct)
+        footer = LAUNCH.format(name=name, struct=name.capitalize(), size=size)
+        source = self.folder / f"{name}-{len(self.kernels)}.cpp"
+        source.write_text(header + macros + as_cpp(source_of(f"{name}.cu")) + footer)
+        library = source.with_suffix(".so")
+        options = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off"]
+        subprocess.run([COMPILER, *options, "-o", library, source], check=True)
+        run = ctypes.CDLL(str(library)).run
+
+        def launch_kernel(blocks: int, arguments: ctypes.Structure, device: torch.device) -> None:
+            assert ctypes.sizeof(arguments) == size
+            self.launched.append((name, blocks))
+            run(blocks, variant.threads, self.backwards, ctypes.byref(arguments))
+
+        return launch_kernel
+
+
+def as_cpp(source: str) -> str:
+    """CUDA C++ with each PTX instruction as a call: ``asm("a.b %0, %1;" : "=r"(d) : "r"(x))`` is ``a_b(d, x)``."""
+    parts = []
+    while found := re.search(r"\basm\b(?:\s+volatile)?\s*\(", source):
+        end = _closing(source, found.end())
+        text, *operands = _split(source[found.end() : end], ":")
+        instruction = "".join(re.findall(r'"([^"]*)"', text)).split(" ")[0].rstrip(";")
+        names = [_split(part, ",") for part in operands[:2]]
+        expressions = [re.sub(r'^\s*"[^"]*"\s*', "", x) for part in names for x in part if x.strip()]
+        call = (
+            f"{instruction.replace('.', '_').replace('::', '_')}({', '.join(expressions)})"
+            if instruction
+            else "(void)0"
+        )
+        parts += [source[: found.start()], call]
+        source = source[end + 1 :]
+    return "".join(parts) + source
+
+
+def _closing(source: str, start: int) -> int:
+    """Where the parenthesis closes that is open at ``start``."""
+    depth, quoted = 1, False
+    for place in range(start, len(source)):
+        character = source[place]
+        quoted ^= character == '"'
+        depth += 0 if quoted else (character == "(") - (character == ")")
+        if depth == 0:
+            return place
+    raise ValueError("a parenthesis that does not close")
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """At separators that stand in no quotes, parentheses or brackets."""
+    parts, depth, quoted = [""], 0, False
+    for character in text:
+        quoted ^= character == '"'
+        depth += 0 if quoted else (character in "([") - (character in ")]")
+        if character == separator and depth == 0 and not quoted:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+class Scan(torch.autograd.Function):
+    """The recurrence by the CUDA backend's launcher."""
+
+    @staticmethod
+    def forward(ctx, cu_seqlens, state_clip, q, k, v, f, weight, initial_state):
+        y, final, saved = launch.forward(q, k, v, f, weight, initial_state, cu_seqlens, True)
+        ctx.save_for_backward(q, k, v, f, weight, initial_state, saved, cu_seqlens)
+        ctx.state_clip = state_clip
+        return y, final
+
+    @staticmethod
+    def backward(ctx, dy: Tensor, d_final: Tensor):
+        return None, None, *launch.backward(dy, d_final, *ctx.saved_tensors, ctx.state_clip)
