@@ -96,13 +96,12 @@ def as_cpp(source: str) -> str:
         end = _closing(source, found.end())
         text, *operands = _split(source[found.end() : end], ":")
         instruction = "".join(re.findall(r'"([^"]*)"', text)).split(" ")[0].rstrip(";")
-        names = [_split(part, ",") for part in operands[:2]]
-        expressions = [re.sub(r'^\s*"[^"]*"\s*', "", x) for part in names for x in part if x.strip()]
+        named = [x for part in operands[:2] for x in _split(part, ",") if x.strip()]  # outputs, then inputs
+        expressions = [re.sub(r'^\s*"[^"]*"\s*', "", x) for x in named]  # without "=r" and the like
+        name = instruction.replace(".", "_")
         call = (
-            f"{instruction.replace('.', '_').replace('::', '_')}({', '.join(expressions)})"
-            if instruction
-            else "(void)0"
-        )
+            f"{name}({', '.join(expressions)})" if name else "(void)0"
+        )  # or it only hides something from the compiler
         parts += [source[: found.start()], call]
         source = source[end + 1 :]
     return "".join(parts) + source
