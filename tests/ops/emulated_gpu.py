@@ -98,10 +98,8 @@ def as_cpp(source: str) -> str:
         instruction = "".join(re.findall(r'"([^"]*)"', text)).split(" ")[0].rstrip(";")
         named = [x for part in operands[:2] for x in _split(part, ",") if x.strip()]  # outputs, then inputs
         expressions = [re.sub(r'^\s*"[^"]*"\s*', "", x) for x in named]  # without "=r" and the like
-        name = instruction.replace(".", "_")
-        call = (
-            f"{name}({', '.join(expressions)})" if name else "(void)0"
-        )  # or it only hides something from the compiler
+        # One without a name only hides something from the compiler
+        call = f"{instruction.replace('.', '_')}({', '.join(expressions)})" if instruction else "(void)0"
         parts += [source[: found.start()], call]
         source = source[end + 1 :]
     return "".join(parts) + source
