@@ -98,8 +98,10 @@ def side_by_side(runs: Mapping[str, Run], jobs: int, display: Display, gpus: int
     finally:
         if busy:
             display.say(f"stopping {len(busy)} runs, which save where they stand")
-        stop(busy, idle)
-        set_handler(before, signal.SIGTERM)
+        try:
+            stop(busy, idle)
+        finally:
+            set_handler(before, signal.SIGTERM)
 
 
 class _Worker:
