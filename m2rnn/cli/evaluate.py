@@ -81,7 +81,7 @@ def evaluate(
     from m2rnn.data.sources import Reading
     from m2rnn.evaluation.machine import default_device
     from m2rnn.evaluation.perplexity import PerplexitySettings, evaluate_perplexity
-    from m2rnn.evaluation.perplexity_report import table
+    from m2rnn.evaluation.perplexity_report import PLOTS, table
     from m2rnn.training.display import Display
 
     with user_errors(ValueError, interrupted=f"interrupted; the same command goes on in {out}"), out_of_memory():
@@ -139,7 +139,8 @@ def evaluate(
         with Display(sys.stderr) as display:
             results = evaluate_perplexity(models, data, settings, out, overwrite=overwrite, display=display)
         typer.echo(json.dumps(results, indent=2) if as_json else table(results))
-        typer.echo(f"\nresults, plots and the loss of each token: {out}", err=as_json)
+        plots = ", plots" if any((out / name).exists() for name in PLOTS) else ""  # one context makes none
+        typer.echo(f"\nresults{plots} and the loss of each token: {out}", err=as_json)
 
 
 def parse_contexts(text: str) -> tuple[int | None, ...]:

@@ -328,8 +328,12 @@ def test_the_command_prints_the_table_or_the_results(tmp_path, model, data):
     printed = run(*options)
     assert printed.exit_code == 0, printed.output
     assert [line.split()[2] for line in printed.stdout.splitlines()[1:3]] == ["8", "full"]
+    assert f"results, plots and the loss of each token: {tmp_path / 'out'}" in printed.stdout
     as_json = json.loads(run(*options, "--json").stdout)
     assert as_json == json.loads((tmp_path / "out" / "results.json").read_text())
+    single = run(model, "--data", data, "--out", tmp_path / "single", "--context", "8", "--device", "cpu")
+    assert f"results and the loss of each token: {tmp_path / 'single'}" in single.stdout
+    assert not list((tmp_path / "single").glob("*.png"))
 
 
 MISTAKES = {
