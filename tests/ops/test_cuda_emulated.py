@@ -82,6 +82,15 @@ def test_slices_and_windows_of_time(
     assert multiprocessors == 1 or packed or ("forward", 45) in gpu.launched  # five slices
 
 
+@pytest.mark.parametrize("lengths", [None, (5, 130, 0, 97, 1, 64)])
+def test_from_chunk_to_chunk_by_moved_pointers(lengths: tuple[int, ...] | None, tmp_path) -> None:
+    """The paper's layer where there are many heads: two of them a block, of four warps each."""
+    case = Case(time=150, lengths=lengths, key=50, value=16, heads=(1, 1, 4, 4, 4), dtype=BF16, gates=F32, clip=0.1)
+    gpu = EmulatedGpu(tmp_path, H100._replace(multiprocessors=1))
+    check(run(make_problem(case), gpu), truth(case), case)
+    assert any(v.slots == 2 and v.warps == 4 and not v.ahead for name, v in gpu.kernels if name == "backward")
+
+
 @pytest.mark.parametrize("case", [CASES[1], CASES[9]], ids=str)
 def test_the_order_of_the_threads_does_not_matter(case: Case, gpu: EmulatedGpu) -> None:
     """What one thread leaves for another it leaves before they meet, the same bits either way."""

@@ -15,6 +15,8 @@
 // Steps of the recomputation: at V = 32 all 8 and those of the walk back exceed the instruction cache
 constexpr int RECOMPUTED = V == 32 && UNROLLED > 4 ? 4 : UNROLLED;
 
+// States after chunks: of the one that walks back, of the one before it and, working ahead, of the one before that
+#define ENDS (2 + AHEAD)
 #define BUFFERS (AHEAD ? 3 : 1)  // of inputs: on their way, computing states, walking back
 
 struct Inputs {  // of a chunk
@@ -35,13 +37,25 @@ struct Place {
     float sigma;       // see unclamped_limit()
 };
 
+// Where a thread's share of the chunk staged last is, if that is one piece of each tensor: the next one's is found by a
+// subtraction.
+#define MOVES (PARTS == 1 && !AHEAD && CHUNK * ROWS / 8 == THREADS && 2 * CHUNK * V / 8 == SLOT_THREADS && 16 * V / 8 == 32)
+struct Share {
+    const input_t *q, *k, *v_dy;
+    const float* f;
+    const saved_t* state;
+};
+
 struct BackwardShared {
     Kept kept[1 + AHEAD][CHUNK / 8][SLOTS][WARPS];
-    Registers end[1 + AHEAD][SLOTS][WARPS][PARTS * KS][32];  // the state after a chunk
+    Registers end[ENDS][SLOTS][WARPS][PARTS * KS][32];  // the state after a chunk
     Inputs inputs[BUFFERS];
-    float dweight[SLOTS][WARPS][V * V];  // dW of the chunks done, each warp's rows' share
+    alignas(16) float dweight[SLOTS][WARPS][V * V];  // dWᵀ of the chunks done, each warp's rows' share
     alignas(16) float zeros[4];
     Place place[SLOTS];
+#if MOVES
+    Share share[THREADS];
+#endif
 };
 static_assert(sizeof(BackwardShared) == SHARED_BYTES, "the launcher counts otherwise");
 
@@ -242,7 +256,46 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
                 }
             }
             copies_issued();
+#if MOVES
+            Share& share = shared.share[thread];
+            const u32 step = thread / (ROWS / 8), column = thread % (ROWS / 8) * 8;
+            const u32 v_step = slot_thread / (V / 8) % CHUNK, v_column = slot_thread % (V / 8) * 8;
+            share.q = place.q + ((first + step) * p.q.time + column);
+            share.k = place.k + ((first + step) * p.k.time + column);
+            share.v_dy = slot_thread < CHUNK * V / 8 ? place.v + ((first + v_step) * p.v.time + v_column)
+                                                     : place.dy + ((first + v_step) * p.dy.time + v_column);
+            share.f = place.f + (first + slot_thread) * p.f.time;
+            share.state = place.saved + ((first / CHUNK * p.heads * p.key_dim + row) * V + 8 * lane);
+#endif
         };
+#if MOVES
+        // The chunk before the one staged last, of a sequence that has all its steps
+        auto stage_next = [&](i64 first) {
+            Inputs& in = shared.inputs[0];
+            const u32 thread = forgotten(threadIdx.x), slot_thread = thread % SLOT_THREADS, lane = thread % 32;
+            const u32 step = thread / (ROWS / 8), column = thread % (ROWS / 8) * 8;
+            const u32 v_step = slot_thread / (V / 8) % CHUNK, v_column = slot_thread % (V / 8) * 8;
+            const bool is_v = slot_thread < CHUNK * V / 8;
+            Share share = shared.share[thread];
+            share.q -= CHUNK * p.q.time;
+            share.k -= CHUNK * p.k.time;
+            share.v_dy -= CHUNK * (is_v ? p.v.time : p.dy.time);
+            share.f -= CHUNK * p.f.time;
+            share.state -= p.heads * p.key_dim * V;
+            const bool inside = (int)column < p.key_dim;
+            const u32 to = 2 * (step * (ROWS + PAD) + column);
+            copy<16>(in.q + to, inside ? share.q : (const input_t*)p.q.data, inside);
+            copy<16>(in.k + to, inside ? share.k : (const input_t*)p.k.data, inside);
+            copy<16>((is_v ? in.v[slot] : in.dy[slot]) + 2 * (v_step * (V + PAD) + v_column), share.v_dy, true);
+            if (slot_thread < CHUNK) copy<4>(&in.f[slot][slot_thread], share.f, true);
+            if (first > begin) {
+                const bool valid = row + lane * 8 / V < (u32)p.key_dim;
+                copy<16>((saved_t*)in.state[slot][warp] + 8 * lane, valid ? share.state : p.saved, valid);
+            }
+            copies_issued();
+            shared.share[thread] = share;
+        };
+#endif
         auto chunk_arrived = [&] {
             copies_done();
             __syncthreads();
@@ -251,7 +304,11 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
         auto low = [&](i64 first) { return (int)(begin > first ? begin - first : 0); };
         auto high = [&](i64 first) { return (int)(end - first < CHUNK ? end - first : CHUNK); };
 
-        auto recompute = [&](i64 first, int buffer, int keep) {
+        // The saved state before a chunk is that after the one before it, whose last two steps need not be computed again.
+        auto end_of = [&](i64 first) -> Registers(&)[PARTS * KS][32] {
+            return shared.end[(u32)(first / CHUNK + ENDS) % ENDS][slot][warp];
+        };
+        auto recompute = [&](i64 first, int buffer, int keep, bool is_last) {
             Inputs& in = shared.inputs[buffer];
             Kept* kept = &shared.kept[keep][0][slot][warp];
             float h[NT][4];
@@ -261,6 +318,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
             else
                 load_state(h, p.initial ? p.initial + state_offset : nullptr, row, p.key_dim, lane);
             pack(packed, h);
+            if (first > begin) store_packed(end_of(first - CHUNK), packed, lane);
             const u32 k_tile = shared_address(in.k), v_tile = shared_address(in.v[slot]);
 #pragma unroll 1
             for (int octet = 0; octet < CHUNK; octet += 8) {
@@ -276,6 +334,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
                     load_vectors(key_value, k_tile, v_tile, octet, step, row, zeros, lane);
                     if (step % 2 == 0)
                         store_packed(kept[octet / 8 * SLOTS * WARPS].pairs[step / 2].states, packed, lane);
+                    if (step == 6 && octet == CHUNK - 8 && !is_last) break;
                     float z[NT][4];
                     clear(z);
                     add_outer(z, key_value, octet + step, row, in.k, in.v[slot], lane);
@@ -284,7 +343,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
                     pack(packed, h);
                 }
             }
-            store_packed(shared.end[keep][slot][warp], packed, lane);
+            if (is_last) store_packed(end_of(first), packed, lane);
         };
 
         auto walk_back = [&](i64 first, int buffer, int keep) {
@@ -298,7 +357,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
             const float unclamped = unclamped_limit(in.q, in.dy[slot], in.f[slot], place.sigma, p.clip, row, lane);
 #endif
             Packed next;
-            load_packed(next, shared.end[keep][slot][warp], lane);
+            load_packed(next, end_of(first), lane);
 #pragma unroll 1
             for (int octet = CHUNK - 8; octet >= 0; octet -= 8) {
                 if (octet + 8 <= low(first) || octet >= high(first)) continue;
@@ -364,9 +423,9 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
 #pragma unroll
             for (int k = 0; k < KS; k++)
                 for_pairs(forgotten(lane), [&](int n, int i, int matrix_row, int column) {
-                    if (16 * k + matrix_row >= V) return;
-                    dweight[column * V + 16 * k + matrix_row] += d.weight[k][n][i];
-                    dweight[(column + 1) * V + 16 * k + matrix_row] += d.weight[k][n][i + 1];
+                    if (V == 8 && matrix_row >= V) return;
+                    float2& sum = *(float2*)&dweight[(16 * k + matrix_row) * V + column];
+                    sum = make_float2(sum.x + d.weight[k][n][i], sum.y + d.weight[k][n][i + 1]);
                 });
         };
 
@@ -376,8 +435,8 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
             const i64 head_first = place.head + first * p.heads;
 #pragma unroll
             for (int j = 0; j < (CHUNK * ROWS / 4 + ALL_THREADS - 1) / ALL_THREADS; j++) {
-                const u32 i = thread + j * ALL_THREADS;
-                const u32 step = i / (ROWS / 4), tile = i / 4 % (ROWS / 16), r = i % 4 * 2;
+                const u32 step = thread / (ROWS / 4) + j * (ALL_THREADS / (ROWS / 4));
+                const u32 tile = thread / 4 % (ROWS / 16), r = thread % 4 * 2;
                 const int channel = 16 * tile + r;  // and the next, and those 8 further
                 if (step < low(first) || step >= high(first) || channel >= p.key_dim) continue;
                 float4 q_sum, k_sum;
@@ -424,7 +483,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
         for (i64 first = last_chunk + CHUNK; first + CHUNK > first_step; first -= CHUNK) {
             const int arriving = ahead == 2 ? 0 : ahead + 1;
             const bool has_states = first <= last_chunk;
-            if (recomputes && first > first_step) recompute(first - CHUNK, ahead, keep ^ 1);
+            if (recomputes && first > first_step) recompute(first - CHUNK, ahead, keep ^ 1, !has_states);
             if (first - CHUNK > first_step) stage_chunk(first - 2 * CHUNK, arriving);
             if (walks && has_states) walk_back(first, buffer, keep);
             chunk_arrived();
@@ -437,11 +496,18 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
 #else
         for (i64 first = last_chunk; first + CHUNK > first_step; first -= CHUNK) {
             chunk_arrived();
-            recompute(first, 0, 0);
+            recompute(first, 0, 0, first == last_chunk);
             __syncwarp();
             walk_back(first, 0, 0);
             __syncthreads();
-            if (first > first_step) stage_chunk(first - CHUNK, 0);
+            if (first > first_step) {
+#if MOVES
+                if (first - CHUNK >= begin)
+                    stage_next(first - CHUNK);
+                else
+#endif
+                    stage_chunk(first - CHUNK, 0);
+            }
             write_gradients(first, 0);
         }
 #endif
@@ -453,7 +519,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, TOGETHER) m2rnn_backwa
     float* total = p.dweight + ((i64)unit_lane * p.heads + head) * V * V;
     for (int i = own_slot_thread; i < V * V; i += SLOT_THREADS) {
         float sum = 0.f;
-        for (int w = 0; w < WARPS; w++) sum += shared.dweight[slot][w][i];
+        for (int w = 0; w < WARPS; w++) sum += shared.dweight[slot][w][i % V * V + i / V];
         total[i] += sum;
     }
     if (p.counters) {

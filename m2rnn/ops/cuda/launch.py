@@ -111,13 +111,16 @@ class _Variant:
         states = self.parts * operands * 32 * 4 * registers
         gradients = 2 * 8 * (2 + operands) * 8
         pair = _multiple(max(states, gradients), 4 * registers)
-        kept = (1 + self.ahead) * self.warps * (CHUNK // 8 * _multiple(4 * pair + 4 * 8, 64) + states)
+        octets = (1 + self.ahead) * CHUNK // 8
+        kept = self.warps * (octets * _multiple(4 * pair + 4 * 8, 64) + (2 + self.ahead) * states)
         rows = 2 * self.tile_bytes(self.rows + PAD)
         columns = 2 * self.tile_bytes(self.value_dim + PAD) + 4 * CHUNK
         saved = self.warps * 16 * self.value_dim * (2 if self.parts == 1 else 4)
         inputs = (3 if self.ahead else 1) * (rows + self.slots * (columns + saved))
         place = 10 * 8
-        return _multiple(self.slots * (kept + 4 * self.warps * self.value_dim**2 + place) + inputs + 16, 64)
+        moves = self.parts == 1 and not self.ahead and self.value_dim == 16 and (self.warps, self.slots) == (4, 2)
+        share = 5 * 8 * self.threads if moves else 0
+        return _multiple(self.slots * (kept + 4 * self.warps * self.value_dim**2 + place) + inputs + 16 + share, 64)
 
 
 def _multiple(size: int, of: int) -> int:
