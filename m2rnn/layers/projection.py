@@ -62,17 +62,19 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def is_plain_linear(module: object) -> TypeGuard[nn.Linear]:
-    """Whether calling the module is a product with its weight and nothing else: no bias, adapter, hook or the like.
-
-    A weight of another class is more than numbers: a shard, as of FSDP outside its own forward pass, or quantised.
-    """
+    """Whether calling the module is a product with its weight and nothing else: no bias, adapter, hook or the like."""
     return (
         isinstance(module, nn.Linear)
         and type(module) in (nn.Linear, OutputProjection)
         and module._parameters["bias"] is None
-        and type(module.weight) in (Tensor, nn.Parameter)
+        and is_plain_weight(module.weight)
         and runs_as_written(module)
     )
+
+
+def is_plain_weight(weight: Tensor) -> bool:
+    """One of another class is more than numbers: a shard, as of FSDP outside its own forward pass, or quantised."""
+    return type(weight) in (Tensor, nn.Parameter)
 
 
 def runs_as_written(module: nn.Module) -> bool:

@@ -35,7 +35,7 @@ from m2rnn.layers.moe import Experts, MoE
 from m2rnn.models.cache import M2RNNCache
 from m2rnn.models.capture import CapturedDecoding
 from m2rnn.models.config import MIXERS, MLPS, M2RNNConfig
-from m2rnn.models.loss import IGNORED, chunked_cross_entropy
+from m2rnn.models.loss import IGNORED, LanguageModelHead, chunked_cross_entropy
 
 
 class M2RNNBlock(GradientCheckpointingLayer):
@@ -292,7 +292,7 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
     def __init__(self, config: M2RNNConfig) -> None:
         super().__init__(config)
         self.model = M2RNNModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size)
         # Tells generate() that a recurrent state cannot go back to an earlier token.
         self._is_stateful = any(mixer != "attention" for mixer in config.mixers)
         self._captured = CapturedDecoding()

@@ -248,7 +248,7 @@ def build_model(settings: TrainSettings, config: M2RNNConfig, empty: bool = Fals
         model = M2RNNForCausalLM(config)
         model.train()
     if empty:  # accelerate tells parameters apart by their addresses, which those on meta do not have
-        model.to_empty(device="cpu")
+        model.to_empty(device="cpu").tie_weights()  # two weights instead of a tied one
     if settings.checkpoint_activations:
         # The older name warns in new versions of transformers, which have the newer one.
         name = "activation_checkpointing_enable"

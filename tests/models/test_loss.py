@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from m2rnn.models.loss import chunked_cross_entropy
+from m2rnn.models.loss import LanguageModelHead, chunked_cross_entropy
 from tests.models.small import VOCAB, make
 from tests.tolerances import assert_close
 
@@ -38,6 +38,32 @@ def test_logits_of_the_whole_batch_never_exist_at_once() -> None:
     chunked_cross_entropy(hidden, torch.randint(4, (10,)), head, 4, chunk_size=3).backward()
     assert max(sizes) == 3
     assert sum(sizes) == 20  # once forward, once again backward
+
+
+def test_a_sharded_head_is_called_once() -> None:
+    """FSDP gathers its weight for that call, and for the backward pass of that call."""
+
+    class Sharded(LanguageModelHead):
+        def unshard(self) -> None: ...
+
+    head = Sharded(8, 11).double()
+    calls = []
+    head.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs)))
+    hidden, labels = torch.randn(10, 8, dtype=torch.float64, requires_grad=True), torch.randint(11, (10,))
+    loss = chunked_cross_entropy(hidden, labels, head, 11, chunk_size=3)
+    found = torch.autograd.grad(loss, [hidden, head.weight])
+    assert len(calls) == 1
+    plain = F.cross_entropy(hidden @ head.weight.T, labels)
+    assert_close(loss, plain, torch.float64, "output")
+    for ours, theirs in zip(found, torch.autograd.grad(plain, [hidden, head.weight]), strict=True):
+        assert_close(ours, theirs, torch.float64, "gradient")
+
+
+def test_hooks_on_the_head_see_logits() -> None:
+    model, seen = make().train(), []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[-1]))
+    model(torch.randint(VOCAB, (2, 6)), labels=torch.randint(VOCAB, (2, 6))).loss.backward()
+    assert set(seen) == {VOCAB}
 
 
 def test_bfloat16_logits_are_reduced_in_float32() -> None:

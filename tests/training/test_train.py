@@ -191,6 +191,14 @@ def test_two_sharded_processes_do_what_one_does_and_one_goes_on_from_them(tmp_pa
     assert_same_loss(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
+def test_sharded_processes_share_a_tied_weight(tmp_path, data):
+    tied = "model.tie_word_embeddings=true"
+    train_in_two_processes(tmp_path / "two", 60, f"data={data}", "fsdp=true", tied)
+    train(settings_of(data, tied), tmp_path / "one")
+    assert_same_loss(tmp_path / "two", tmp_path / "one")
+
+
 def test_tensorboard_has_each_step_once_after_a_kill_and_entries_come_as_often_as_now_wanted(
     tmp_path, data, monkeypatch
 ):

@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
+from m2rnn.models import loss
 from m2rnn.training.train import Stopped, leave_process_group, train
 from m2rnn.training.train_settings import load_settings
 from m2rnn.training.trainer import CheckpointingTrainer
@@ -32,6 +33,7 @@ def main() -> None:
     sharded = "fsdp=true" in overrides
     if sharded:
         shard_on_cpu()
+        loss.LOGITS_PER_CHUNK = 4096  # so that the loss is of many parts
     try:
         train(load_settings(None, overrides), Path(folder), minutes=float(minutes))
     except Stopped:
