@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,19 +10,13 @@ from torch import Tensor, nn
 from m2rnn.models.loss import chunked_cross_entropy
 from m2rnn.ops import cross_entropy
 from m2rnn.ops.cross_entropy import linear_cross_entropy
-from tests.conftest import INTERPRETED
 from tests.ops.ahead_of_time import compile_kernels
+from tests.ops.triton_runs import GPU, runs_triton
 from tests.tolerances import TOLERANCES, assert_close
 
-triton = pytest.importorskip("triton")
-VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
-NUMPY = tuple(map(int, np.__version__.split(".")[:2]))
-runnable = pytest.mark.skipif(
-    not torch.cuda.is_available() and (not INTERPRETED or (VERSION < (3, 7) and NUMPY >= (2, 4))),
-    reason="no GPU, and Triton before 3.7 whose interpreter does not work with NumPy 2.4",
-)
-pytestmark = [runnable, pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")]  # NumPy's, of NaN
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytest.importorskip("triton")
+pytestmark = [runs_triton, pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")]  # NumPy's, of NaN
+DEVICE = "cuda" if GPU else "cpu"
 
 
 @pytest.fixture(autouse=True)

@@ -10,19 +10,18 @@ import pytest
 import torch
 from torch import Tensor, library
 
-from m2rnn.ops import rnn, rnn_reference
+from m2rnn.ops import rnn_reference
 from m2rnn.ops.rnn import gru_scan, rnn_scan
 from tests.ops.ahead_of_time import compile_kernels
 from tests.ops.cases import lay_out
+from tests.ops.triton_runs import runs_triton
 from tests.tolerances import TOLERANCES, assert_close, relative_error
 
 BACKENDS = {
     "reference": [],
     "cpu": [],
-    "triton": [pytest.mark.skipif(rnn._why_not("triton", torch.zeros(1, 1, 1, 1), torch.float32) is not None
-                                  and not torch.cuda.is_available(), reason="triton: no GPU and no interpreter"),
-               pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")],
-}  # fmt: skip
+    "triton": [runs_triton, pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")],
+}
 SCANS: dict[int, Callable[..., Any]] = {1: rnn_scan, 3: gru_scan}
 NAMES = {1: ["x", "weight"], 3: ["x", "x_forget", "x_reset", "weight", "weight_forget", "weight_reset"]}
 

@@ -4,7 +4,6 @@ import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, library
@@ -12,19 +11,13 @@ from torch import Tensor, library
 from m2rnn.ops import short_conv as operator
 from m2rnn.ops.scan import why_unavailable
 from m2rnn.ops.short_conv import short_conv
-from tests.conftest import INTERPRETED
 from tests.ops.ahead_of_time import compile_kernels
 from tests.ops.cases import lay_out
+from tests.ops.triton_runs import GPU, runs_triton
 from tests.tolerances import assert_close
 
-triton = pytest.importorskip("triton")
-GPU = torch.cuda.is_available() and not INTERPRETED
+pytest.importorskip("triton")
 DEVICE = "cuda" if GPU else "cpu"
-VERSIONS = tuple(tuple(map(int, version.split(".")[:2])) for version in (triton.__version__, np.__version__))
-runs = pytest.mark.skipif(
-    not GPU and (not INTERPRETED or (VERSIONS[0] < (3, 7) and VERSIONS[1] >= (2, 4))),
-    reason="there is no GPU, and Triton before 3.7 has an interpreter that does not work with NumPy 2.4",
-)
 on_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
@@ -152,7 +145,7 @@ LARGE = [
 ]
 
 
-@runs
+@runs_triton
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_results_and_gradients_match_float64(case: Case) -> None:
     problem = make(case)
@@ -175,7 +168,7 @@ def test_the_same_bits_on_every_run() -> None:
             assert torch.equal(x, expected[name]), name
 
 
-@runs
+@runs_triton
 @pytest.mark.parametrize("silu", [False, True])
 def test_large_preactivations_saturate(silu: bool) -> None:
     x = torch.tensor([-1e30, -200.0, -80.0, 0.0, 80.0, 200.0, 1e30], device=DEVICE).view(1, -1, 1).requires_grad_()
@@ -188,7 +181,7 @@ def test_large_preactivations_saturate(silu: bool) -> None:
     torch.testing.assert_close(dx.double(), gradient, rtol=1e-5, atol=1e-30)
 
 
-@runs
+@runs_triton
 def test_packed_sequences_give_what_each_gives_alone() -> None:
     case = Case(lengths=(3, 0, 14, 1, 10), bias=True, width=5)
     problem = make(case)
@@ -205,7 +198,7 @@ def test_packed_sequences_give_what_each_gives_alone() -> None:
         assert_close(total, packed[name], case.dtype, "gradient", name)
 
 
-@runs
+@runs_triton
 @pytest.mark.parametrize("spoilt", ["x", "dy"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_nan_stays_in_its_sequence(spoilt: str, bad: float) -> None:
@@ -225,7 +218,7 @@ def test_nan_stays_in_its_sequence(spoilt: str, bad: float) -> None:
         assert not results["x"][tensor.shape[0] // 2, 6:8].isfinite().any()
 
 
-@runs
+@runs_triton
 def test_reads_a_part_of_a_projection_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = operator._kernels(torch.empty(0, device=DEVICE))
     wide = torch.randn(2, 9, 12, device=DEVICE)
@@ -236,7 +229,7 @@ def test_reads_a_part_of_a_projection_in_place(monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(short_conv(part, torch.ones(5, 4, device=DEVICE)), expected)
 
 
-@runs
+@runs_triton
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of dynamo's own
 @pytest.mark.parametrize(
     "case", [Case(time=3, bias=True, dtype=torch.bfloat16, weights=torch.float32), Case(lengths=(1, 0, 2))], ids=str
@@ -249,7 +242,7 @@ def test_operators_are_registered_properly(case: Case) -> None:
     library.opcheck(torch.ops.m2rnn.short_conv_backward.default, (problem.dy, *detached))
 
 
-@runs
+@runs_triton
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_one_compiled_graph_gives_the_same_numbers() -> None:
     def compute(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor) -> Tensor:
@@ -268,7 +261,7 @@ def test_one_compiled_graph_gives_the_same_numbers() -> None:
         assert torch.equal(x, same)
 
 
-@runs
+@runs_triton
 def test_autocast_casts_x_alone() -> None:
     problem = make(Case(bias=True))
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -280,7 +273,7 @@ def test_autocast_casts_x_alone() -> None:
         assert_close(x, expected[name], torch.bfloat16, "gradient", name)
 
 
-@runs
+@runs_triton
 def test_a_second_derivative_is_refused() -> None:
     problem = make(Case(time=2))
     y = short_conv(**problem.inputs)

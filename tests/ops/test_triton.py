@@ -7,23 +7,16 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from m2rnn.ops import scan
-from tests.conftest import INTERPRETED
 from tests.ops import test_integration, test_packed, test_scan
 from tests.ops.ahead_of_time import compile_kernels
 from tests.ops.cases import EMPTY, Case, check, make_problem, random_case, run, truth
+from tests.ops.triton_runs import interpreted
 
-triton = pytest.importorskip("triton")
-VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
-NUMPY = tuple(map(int, np.__version__.split(".")[:2]))
-interpreted = pytest.mark.skipif(
-    not INTERPRETED or (VERSION < (3, 7) and NUMPY >= (2, 4)),
-    reason="there is a GPU, or Triton before 3.7 whose interpreter does not work with NumPy 2.4",
-)
+pytest.importorskip("triton")
 # NumPy warns of the infinities that the kernels compute with
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
