@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from m2rnn.layers import Packing, ShortConv, short_conv
-from tests.ops.test_short_conv import DEVICE, runs
+from tests.ops.test_short_conv import DEVICE
+from tests.ops.triton_runs import runs_triton
 from tests.tolerances import assert_close
 
 
@@ -53,7 +54,7 @@ def test_output_does_not_depend_on_whether_the_state_is_wanted(packed: bool) -> 
     assert torch.equal(y, conv(x, packing=packing)[0])
 
 
-@runs
+@runs_triton
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 @pytest.mark.parametrize("lengths", [None, (2, 0, 5, 1, 33), ()], ids=str)
 @pytest.mark.parametrize(("width", "bias"), [(4, False), (1, True)])
