@@ -51,9 +51,11 @@ class SwappedMixer(nn.Module):
         attention_mask: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """``[B, T, hidden_size]`` to the same; other arguments of the families are not needed."""
+        cache_params = cache_params if cache is None else cache  # its name since transformers 5.24
         state = None if cache_params is None else self._read(cache_params)
         if cu_seq_lens_q is None and seq_idx is not None:
             starts = (seq_idx.diff(dim=1)[0] != 0).nonzero().squeeze(1) + 1

@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from m2rnn.data.run_folder import PARTIAL, force_to_disk
 from m2rnn.evaluation.language_model import LanguageModel
+from m2rnn.models.cache import CACHE_NAME
 from m2rnn.models.model import M2RNNForCausalLM
 
 if TYPE_CHECKING:
@@ -279,7 +280,9 @@ def memory_line(model: LanguageModel, tokens: int) -> str:
 
 
 def _cache_bytes(outputs: Any) -> int:
-    cache = outputs.cache_params if "cache_params" in outputs else outputs.past_key_values  # as Mamba calls it
+    cache = outputs.get(CACHE_NAME)
+    if cache is None:
+        cache = outputs.cache_params  # as Mamba called it
     leaves = tree_leaves([vars(layer) for layer in cache.layers])
     return sum(x.numel() * x.element_size() for x in leaves if isinstance(x, Tensor) and x.is_floating_point())
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import m2rnn.models  # noqa: F401 (registers M2RNN with the Auto classes)
 from m2rnn.data.tokenizers import load_tokenizer
 from m2rnn.evaluation.machine import check_device
+from m2rnn.models.cache import CACHE_NAME
 from m2rnn.models.loss import IGNORED, chunked_token_losses
 from m2rnn.training.display import no_progress_bars
 
@@ -134,7 +135,7 @@ def token_losses(model: LanguageModel, ids: Tensor, labels: Tensor, segment: int
         ids: ``[B, T]``, sequences that each start from an empty state, filled up on the right with any ids: a causal
             model does not see what follows.
         labels: ``[B, T]``, the token that each place predicts, or -100.
-        segment: read so many tokens at a time and carry the state (``past_key_values``) on; None for all at once.
+        segment: read so many tokens at a time and carry the state (transformers' cache) on; None for all at once.
 
     Raises:
         ValueError: if the model returns no state to carry.
@@ -148,16 +149,16 @@ def token_losses(model: LanguageModel, ids: Tensor, labels: Tensor, segment: int
     head: Callable[[Tensor], Tensor] = torch.nn.Identity() if model.head is None else model.head
     for start in range(0, length, step):
         part = slice(start, start + step)
-        carried: dict[str, Any] = {"past_key_values": state} if state is not None else {}
+        carried: dict[str, Any] = {CACHE_NAME: state} if state is not None else {}
         outputs = run(input_ids=ids[:, part], use_cache=step < length, **carried)
         wanted = labels[:, part] != IGNORED
         hidden = outputs.logits if model.head is None else outputs.last_hidden_state
         found = chunked_token_losses(hidden[wanted], labels[:, part][wanted], head, model.vocab_size)
         losses[:, part][wanted] = found.double()
         if step < length:
-            state = outputs.get("past_key_values")
+            state = outputs.get(CACHE_NAME)
             if state is None:
-                raise ValueError(f"{model.folder} returns no past_key_values to carry on: use segment 0, whole windows")
+                raise ValueError(f"{model.folder} returns no cache to carry on: use segment 0, whole windows")
     return losses[labels != IGNORED]
 
 

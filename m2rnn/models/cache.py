@@ -1,12 +1,18 @@
 """What a model remembers between calls of ``generate``: one state a layer."""
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
+
+_CALLED_WITH = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+#: What transformers calls the cache in a model's arguments and outputs: until 5.23 "past_key_values"
+CACHE_NAME = "cache" if "cache" in _CALLED_WITH else "past_key_values"
 
 
 class LayerState:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from m2rnn.models.cache import M2RNNCache
+from m2rnn.models.cache import CACHE_NAME, M2RNNCache
 
 
 class CapturedDecoding:
@@ -47,11 +47,11 @@ class CapturedDecoding:
             self._surroundings, self._captured_for, self._graph, self._outputs = surroundings, None, None, None
 
     def __call__(self, model: PreTrainedModel, **inputs: Any) -> Any:
-        cache, ids = inputs["past_key_values"], inputs.get("input_ids")
+        cache, ids = inputs[CACHE_NAME], inputs.get("input_ids")
         if ids is None or ids.shape[1] != 1 or cache.steps == 0 or _returns_more(model, inputs):
             return model(**inputs)
         tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
-        others = {name: x for name, x in inputs.items() if name not in tensors and name != "past_key_values"}
+        others = {name: x for name, x in inputs.items() if name not in tensors and name != CACHE_NAME}
         shapes = {name: (x.shape, x.dtype) for name, x in tensors.items()}
         call = cache, cache.allocations, shapes, others
         if self._captured_for is None or self._captured_for[0] is not cache or self._captured_for[1:] != call[1:]:

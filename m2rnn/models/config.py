@@ -49,7 +49,7 @@ class M2RNNConfig(PreTrainedConfig):
     """
 
     model_type = "m2rnn"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     vocab_size: int = 32000
     hidden_size: int = 256

@@ -32,7 +32,7 @@ from transformers.utils.generic import can_return_tuple
 
 from m2rnn.layers import OutputProjection, Packing
 from m2rnn.layers.moe import Experts, MoE
-from m2rnn.models.cache import M2RNNCache
+from m2rnn.models.cache import CACHE_NAME, M2RNNCache
 from m2rnn.models.capture import CapturedDecoding
 from m2rnn.models.config import MIXERS, MLPS, M2RNNConfig
 from m2rnn.models.loss import IGNORED, LanguageModelHead, chunked_cross_entropy
@@ -87,7 +87,7 @@ class M2RNNPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["M2RNNBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -156,6 +156,7 @@ class M2RNNModel(M2RNNPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
         packing: Packing | Literal["find"] | None = "find",
+        cache: M2RNNCache | None = None,
         **kwargs: Any,
     ) -> M2RNNModelOutput:
         """Hidden states of every token; padding and packing give exactly those of each sequence alone.
@@ -175,6 +176,7 @@ class M2RNNModel(M2RNNPreTrainedModel):
             output_hidden_states: also return the input of every layer and the final output.
             output_router_logits: also return the logits of the routers of mixtures of experts.
             packing: what ``layout_of`` finds in the mask, ``cu_seq_lens_q`` and positions, if already known.
+            cache: another name of past_key_values, transformers' own since 5.24.
             **kwargs: other arguments that transformers passes to models; ignored.
 
         Raises:
@@ -183,7 +185,7 @@ class M2RNNModel(M2RNNPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = past_key_values
+        cache = _one_cache(past_key_values, cache)
         if cache is not None and not isinstance(cache, M2RNNCache):
             raise ValueError(f"past_key_values must be an M2RNNCache, got {type(cache).__name__}")
         if packing == "find":
@@ -234,13 +236,20 @@ class M2RNNModel(M2RNNPreTrainedModel):
         if cache is not None and use_cache:
             cache.steps += steps
         hidden = unpacked(self.norm(hidden))
+        kept: dict[str, Any] = {CACHE_NAME: cache if use_cache else None}
         return M2RNNModelOutput(
+            **kept,
             last_hidden_state=hidden,
-            past_key_values=cache if use_cache else None,
             hidden_states=(*hidden_states, hidden) if output_hidden_states else None,
             aux_loss=sum(loss.to(hidden.device) for loss in aux_losses) if aux_losses else None,
             router_logits=tuple(router_logits) if router_logits else None,
         )
+
+
+def _one_cache(past_key_values: M2RNNCache | None, cache: M2RNNCache | None) -> M2RNNCache | None:
+    if past_key_values is not None and cache is not None:
+        raise ValueError("give past_key_values or cache, which are two names of the same thing, not both")
+    return past_key_values if cache is None else cache
 
 
 def layout_of(
@@ -248,7 +257,7 @@ def layout_of(
     attention_mask: Tensor | None,
     cu_seq_lens_q: Tensor | None,
     position_ids: Tensor | None,
-    past_key_values: M2RNNCache | None,
+    cache: M2RNNCache | None,
 ) -> Packing | None:
     """Where sequences lie in ``inputs`` [B, T, ...]; None if each row is one sequence without padding."""
     batch, steps = inputs.shape[:2]
@@ -260,7 +269,7 @@ def layout_of(
             raise ValueError(f"cu_seq_lens_q packs the sequences of one row, got a batch of {batch}")
         return Packing.from_cu_seqlens(cu_seq_lens_q, steps)
     if attention_mask is not None:
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past = 0 if cache is None else cache.get_seq_length()
         shape = tuple(attention_mask.shape)
         if shape not in ((batch, steps), (batch, past + steps)):
             raise ValueError(
@@ -269,7 +278,7 @@ def layout_of(
             )
         new = attention_mask[:, shape[1] - steps :]
         return None if bool(new.all()) else Packing.from_mask(new)
-    if position_ids is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):
+    if position_ids is not None and (cache is None or cache.get_seq_length() == 0):
         jumps = position_ids.diff(dim=1) != 1
         if batch != 1:
             if bool(jumps.any()):
@@ -314,6 +323,7 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
         num_items_in_batch: int | Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
+        cache: M2RNNCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
         """Logits, and the loss if labels are given; other arguments as in ``M2RNNModel.forward``.
@@ -326,20 +336,21 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
             logits_to_keep: how many of the last time steps to compute logits for (0 for all), or which.
 
         Returns:
-            ``loss``, ``logits``, ``past_key_values``, ``hidden_states``. While training, ``logits``
-            is None: the loss makes them a part at a time and drops them. A model with experts also returns ``aux_loss``
-            and ``router_logits``, as ``M2RNNModel.forward`` does. While training, ``loss`` contains
-            ``config.router_aux_loss_coef · aux_loss``, times the part of ``num_items_in_batch`` that is labelled here;
-            in evaluation it is the cross-entropy alone.
+            ``loss``, ``logits``, ``past_key_values`` (``cache`` since transformers 5.24), ``hidden_states``. While
+            training, ``logits`` is None: the loss makes them a part at a time and drops them. A model with experts also
+            returns ``aux_loss`` and ``router_logits``, as ``M2RNNModel.forward`` does. While training, ``loss``
+            contains ``config.router_aux_loss_coef · aux_loss``, times the part of ``num_items_in_batch`` that is
+            labelled here; in evaluation it is the cross-entropy alone.
         """
         inputs = input_ids if inputs_embeds is None else inputs_embeds
+        cache = _one_cache(past_key_values, cache)
         packing = None
         if inputs is not None:
-            packing = layout_of(inputs, attention_mask, cu_seq_lens_q, position_ids, past_key_values)
+            packing = layout_of(inputs, attention_mask, cu_seq_lens_q, position_ids, cache)
         outputs = self.model(
             input_ids=input_ids,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -367,7 +378,7 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
         common = {
             "loss": loss,
             "logits": logits,
-            "past_key_values": outputs.past_key_values,
+            CACHE_NAME: getattr(outputs, CACHE_NAME),
             "hidden_states": outputs.hidden_states,
         }
         if "moe" not in self.config.mlps:
@@ -387,7 +398,7 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"cache_implementation must be None or 'static', got {kind!r}: the model makes its own cache"
             )
-        if generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
+        if generation_config.use_cache is False or model_kwargs.get(CACHE_NAME) is not None:
             return
         if kind == "static" and generation_config.prefill_chunk_size == 1:
             raise ValueError(
@@ -400,7 +411,7 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
             cache = M2RNNCache(layers, max_cache_length)
         else:
             cache = self._captured.static_cache(layers, max_cache_length)
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[CACHE_NAME] = cache
 
     @staticmethod
     def create_masks_for_generate(

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import m2rnn
 from m2rnn.convert.families import SwappedMixer, decoder_layers, mixer_of
+from m2rnn.models.cache import CACHE_NAME
 from tests.convert.hybrids import CLASSES, VOCAB, WITH_EXPERTS, make, needs_swap
 from tests.tolerances import assert_close
 
@@ -66,9 +67,9 @@ def test_decoding_equals_the_full_forward(family: str) -> None:
     model, tokens = swapped(family, [*RECURRENT[family], ATTENTION]), ids(length=12)
     whole = model(tokens).logits
     outputs = model(tokens[:, :4], use_cache=True)
-    cache, parts = outputs.past_key_values, [outputs.logits]
+    cache, parts = outputs[CACHE_NAME], [outputs.logits]
     for start, end in ((4, 5), (5, 6), (6, 9), (9, 10), (10, 12)):
-        piece = {"position_ids": torch.arange(start, end).expand(2, -1), "past_key_values": cache}
+        piece = {"position_ids": torch.arange(start, end).expand(2, -1), CACHE_NAME: cache}
         parts.append(model(tokens[:, start:end], **piece, use_cache=True).logits)
     # The norms of all families, and the router of one, compute in float32.
     assert_close(torch.cat(parts, 1), whole, torch.float32, "output")
@@ -79,7 +80,7 @@ def test_decoding_equals_the_full_forward(family: str) -> None:
 def test_the_new_layer_in_pieces_equals_the_whole(family: str) -> None:
     model = swapped(family, [0])
     mixer, x = mixer_of(model, 0), torch.randn(2, 12, 32, dtype=torch.float64)
-    cache = model(ids(2, 3), use_cache=True).past_key_values
+    cache = model(ids(2, 3), use_cache=True)[CACHE_NAME]
     cache.reset()
     bounds = [0, 2, 3, 4, 8, 9, 12]
     pieces = [mixer(x[:, start:end], cache) for start, end in itertools.pairwise(bounds)]
@@ -123,7 +124,7 @@ def test_packed_sequences_see_nothing_of_one_another_and_the_last_one_goes_on(ho
     pieces = [torch.randn(1, n, 32, dtype=torch.float64) for n in lengths]
     alone = torch.cat([mixer(x) for x in pieces], 1)
     row = torch.cat(pieces, 1)
-    cache = model(ids(1, 2), use_cache=True).past_key_values
+    cache = model(ids(1, 2), use_cache=True)[CACHE_NAME]
     cache.reset()
     assert_close(mixer(row, cache, **packings(lengths)[how]), alone, torch.float64, "output")
     more = torch.randn(1, 3, 32, dtype=torch.float64)

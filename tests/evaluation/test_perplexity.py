@@ -20,6 +20,7 @@ from m2rnn.evaluation.language_model import load_model, short_names, token_losse
 from m2rnn.evaluation.perplexity import PerplexitySettings, evaluate_perplexity
 from m2rnn.evaluation.perplexity_report import table
 from m2rnn.evaluation.text import bytes_of_tokens
+from m2rnn.models.cache import CACHE_NAME
 from tests.data.text import prepared
 from tests.evaluation.models import TEXTS, byte_documents, naive_loss, save, tokenizer_of, write_texts
 from tests.models.small import CONFIGS, make
@@ -150,8 +151,8 @@ def test_a_model_that_does_not_go_on_from_its_state_is_noticed(tmp_path, data, m
     evaluate(folder, data, tmp_path / "out", segment=4)  # goes on
 
     class Forgetful(type(load_model(folder, "cpu").model.base_model)):
-        def forward(self, *args, past_key_values=None, **kwargs):
-            return super().forward(*args, **kwargs)
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs | {CACHE_NAME: None})
 
     def forgetful(*args):
         loaded = load_model(*args)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from m2rnn.models import M2RNNCache
+from m2rnn.models.cache import CACHE_NAME
 from tests.models.small import CONFIGS, VOCAB, make
 from tests.tolerances import assert_close
 
@@ -71,10 +72,10 @@ def test_generation_goes_on_from_a_returned_cache(name: str, padded: bool) -> No
     rest = model.generate(
         first.sequences,
         attention_mask=torch.cat([mask, torch.ones(2, 4, dtype=torch.long)], 1),
-        past_key_values=copy.deepcopy(first.past_key_values),
         max_new_tokens=5,
         min_new_tokens=5,
         **arguments,
+        **{CACHE_NAME: copy.deepcopy(first[CACHE_NAME])},
     )
     assert torch.equal(rest.sequences, whole)
 
@@ -165,3 +166,15 @@ def test_low_precision_generation_runs_and_keeps_recurrent_states_in_float32(dty
     m2rnn, attention, _ = (layer.state for layer in outputs.past_key_values.layers)
     assert m2rnn.recurrent.dtype == torch.float32
     assert m2rnn.conv.dtype == attention.keys.dtype == dtype
+
+
+@torch.no_grad()
+def test_the_cache_has_two_names() -> None:
+    """transformers' own until 5.23 and since."""
+    model, ids = make("hybrid"), torch.randint(VOCAB, (2, 7))
+    whole, first = model(ids).logits[:, 5:], model(ids[:, :5])
+    for name in ("past_key_values", "cache"):
+        rest = model(ids[:, 5:], **{name: copy.deepcopy(first[CACHE_NAME])})
+        assert_close(rest.logits, whole, torch.float64, "output")
+    with pytest.raises(ValueError, match="past_key_values or cache, which are two names of the same thing, not both"):
+        model(ids, cache=first[CACHE_NAME], past_key_values=first[CACHE_NAME])

@@ -37,7 +37,7 @@ def test_what_goes_with_the_tokens_follows_them_to_another_device(name: str) -> 
     """The meta device stands for a second GPU: it computes nothing, but no operation mixes it with the CPU."""
     model, ids = make(name), torch.randint(3, VOCAB, (2, 5))
     for module in (*model.model.layers[1:], model.model.norm, model.lm_head):
-        add_hook_to_module(module.to("meta"), AlignDevicesHook("meta", skip_keys="past_key_values"))
+        add_hook_to_module(module.to("meta"), AlignDevicesHook("meta", skip_keys=model._skip_keys_device_placement))
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 1, 1]])
     for arguments in (
         {"input_ids": ids, "attention_mask": mask, "output_hidden_states": True},

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import CompileConfig
 
 from m2rnn.models import M2RNNCache, M2RNNForCausalLM
+from m2rnn.models.cache import CACHE_NAME
 from tests.models.small import CONFIGS, VOCAB, make
 from tests.tolerances import assert_close
 
@@ -73,14 +74,14 @@ def test_generation_goes_on_from_a_static_cache(name: str, device: str) -> None:
     model, ids, mask = make_on(device, name), prompts(3, device), LEFT_PADDED.long().to(device)
     whole = generate(model, ids, attention_mask=mask, max_new_tokens=9, min_new_tokens=9)
     first = generate(
-        model, ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, past_key_values=static_cache(model, 20),
-        return_dict_in_generate=True,
+        model, ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, return_dict_in_generate=True,
+        **{CACHE_NAME: static_cache(model, 20)},
     )  # fmt: skip
     assert first.past_key_values.get_seq_length() == PROMPT + 3
     rest = generate(
         model, torch.cat([first.sequences, whole[:, PROMPT + 4 : PROMPT + 6]], 1),  # three tokens, then one at a time
         attention_mask=torch.cat([mask, torch.ones(3, 6, dtype=torch.long, device=device)], 1),
-        past_key_values=first.past_key_values, max_new_tokens=3, min_new_tokens=3,
+        max_new_tokens=3, min_new_tokens=3, **{CACHE_NAME: first[CACHE_NAME]},
     )  # fmt: skip
     assert torch.equal(rest, whole)
 
@@ -137,7 +138,7 @@ def test_a_token_beyond_the_cache_is_an_error_where_states_grow() -> None:
         with pytest.raises(ValueError, match="a static cache of 6 tokens is full"):
             model(prompts(2)[:, :1], past_key_values=cache)
     with pytest.raises(ValueError, match="a static cache of 6 tokens is full"):
-        generate(model := make("hybrid"), prompts(1), past_key_values=static_cache(model, 6))
+        generate(model := make("hybrid"), prompts(1), **{CACHE_NAME: static_cache(model, 6)})
 
 
 def test_copies_and_pickles_of_a_model_generate() -> None:
