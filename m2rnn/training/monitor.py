@@ -47,6 +47,7 @@ class Step:
     loss: float
     norms: dict[str, float]
     stop: bool
+    interrupted: bool  # by the user, in any process
 
     @property
     def norm(self) -> float:
@@ -92,6 +93,7 @@ class Monitor(TrainerCallback):
         self._began = time.monotonic()
         self._deadline = math.inf if minutes is None else self._began + 60 * minutes
         self._losses: deque[float] = deque(state["losses"], REMEMBERED)
+        self._losses_of_entry: list[float] = []
         self.spikes: int = state["spikes"]
         self.step: Step | None = None
         self.trainer: CheckpointingTrainer | None = None
@@ -113,11 +115,15 @@ class Monitor(TrainerCallback):
         return {"log_bytes": log_bytes, "monitor": state}
 
     def entries(self) -> dict[str, float]:
-        """The last step, for transformers' integrations."""
+        """The last step, and the mean loss since the last call, for transformers' integrations."""
         if self.step is None:
             return {}
         speed = self.throughput.last
-        entries = {"grad_norm": self.step.norm, "tokens_per_second": speed}
+        # Without steps such as one that was skipped for its NaN.
+        finite = [loss for loss in self._losses_of_entry if math.isfinite(loss)]
+        self._losses_of_entry.clear()
+        loss = sum(finite) / len(finite) if finite else math.nan
+        entries = {"loss": loss, "grad_norm": self.step.norm, "tokens_per_second": speed}
         utilisation = self.throughput.utilisation(speed)
         if utilisation is not None:
             entries["mfu"] = utilisation
@@ -145,12 +151,13 @@ class Monitor(TrainerCallback):
         micro_losses = torch.stack(self.trainer.losses)
         by_kind = gradients_by_kind(model, self.config)
         norms = torch.stack([total_norm(gradients) for gradients in by_kind.values()])
-        wants_stop = float(self.interrupted() or time.monotonic() > self._deadline)
-        mine = torch.stack([micro_losses.sum(), micro_losses.new_tensor(wants_stop)])
+        # A signal may reach one process alone: all must stop, and give the same reason.
+        wishes = micro_losses.new_tensor([self.interrupted(), time.monotonic() > self._deadline])
+        mine = torch.cat([micro_losses.sum()[None], wishes])
         together: Tensor = self.trainer.accelerator.reduce(mine, "sum")
-        loss, stop = together.tolist()
+        loss, interrupted, late = together.tolist()
         numbers = dict(zip(by_kind, norms.tolist(), strict=True))
-        self.step = Step(loss / args.world_size, numbers, stop > 0)
+        self.step = Step(loss / args.world_size, numbers, stop=interrupted + late > 0, interrupted=interrupted > 0)
 
         number = state.global_step + 1
         if number in self.settings.skip_steps:
@@ -172,6 +179,7 @@ class Monitor(TrainerCallback):
         utilisation = self.throughput.utilisation(speed)
         spike = self._is_spike(loss)
         skipped = number in self.settings.skip_steps
+        self._losses_of_entry.append(loss)
         if math.isfinite(loss):
             self._losses.append(loss)
         self.spikes += spike

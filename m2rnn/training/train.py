@@ -171,7 +171,8 @@ def train(
         trainer.train(resume_from_checkpoint=None if found is None else str(found))
         step = trainer.state.global_step
         if step < settings.steps:
-            raise Stopped(step, interrupted())
+            assert monitor.step is not None
+            raise Stopped(step, monitor.step.interrupted)
         seconds = monitor.seconds
         on_gpu = args.device.type == "cuda"
         memory = torch.cuda.max_memory_allocated(args.device) if on_gpu else None  # without what follows
@@ -266,6 +267,7 @@ def training_arguments(settings: TrainSettings, folder: Path) -> TrainingArgumen
     if settings.device == "cuda" and not on_gpu:
         raise SettingsError("device 'cuda': there is none here, expected cpu or auto")
     distributed = "RANK" in os.environ  # torchrun's
+    shards = settings.fsdp and distributed
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
@@ -283,15 +285,17 @@ def training_arguments(settings: TrainSettings, folder: Path) -> TrainingArgumen
         max_grad_norm=0.0,  # the monitor clips: it needs the norms from before
         use_cpu=not on_gpu,
         bf16=False,  # the trainer's own autocast
-        fsdp=settings.fsdp and distributed,  # type: ignore[arg-type] # its documentation: a bool
+        fsdp=shards,  # type: ignore[arg-type] # its documentation: a bool
         fsdp_config={
             "version": 2,
             "transformer_layer_cls_to_wrap": ["M2RNNBlock"],
             "reshard_after_forward": settings.fsdp_reshard,
             "cpu_ram_efficient_loading": True,
         }
-        if settings.fsdp and distributed
+        if shards
         else None,
+        # Otherwise FSDP2 keeps whole gradients until the step's last micro-batch, which takes a sharded model's memory.
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}} if shards else None,
         ddp_find_unused_parameters=False,
         ddp_backend="gloo" if distributed and not on_gpu else None,
         dataloader_pin_memory=on_gpu,

@@ -72,7 +72,10 @@ class CheckpointingTrainer(Trainer):
     def training_step(self, *arguments: Any, **options: Any) -> Tensor:
         loss: Tensor = super().training_step(*arguments, **options)
         self.losses.append(loss)
-        return loss
+        return loss.nan_to_num(0.0, 0.0, 0.0)  # Trainer's running sum would stay NaN after a step that is skipped
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None, *_: Any, **__: Any) -> Any:
+        return grad_norm  # Trainer's own scales gradients by inf / norm: one NaN would spread to all before the monitor
 
     def get_batch_samples(self, *arguments: Any, **options: Any) -> tuple[list[Any], Tensor]:
         samples, labels = super().get_batch_samples(*arguments, **options)

@@ -166,12 +166,14 @@ def assert_same_loss(folder: Path, expected: Path) -> None:
         torch.testing.assert_close(weight, other_weights[name], rtol=1e-3, atol=1e-4)
 
 
-def train_in_two_processes(folder: Path, minutes: float, *overrides: str) -> None:
+def train_in_two_processes(folder: Path, minutes: float, *overrides: str, **environment: str) -> str:
+    """Train, and return what the processes printed."""
     script = str(Path(__file__).with_name("train_together.py"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
     arguments = [str(folder), str(minutes), *SETTINGS, *overrides]
-    done = subprocess.run([*command, *arguments], env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run([*command, *arguments], env=ENVIRONMENT | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.slow
@@ -182,13 +184,23 @@ def test_two_processes_stop_and_go_on_and_do_what_one_does(tmp_path, data, undis
 
 
 @pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_for_the_same_reason(tmp_path, data):
+    printed = train_in_two_processes(tmp_path, 60, f"data={data}", SIGNALLED="1")
+    assert printed.count("Stopped(step=1, interrupted=True)") == 2
+
+
+@pytest.mark.slow
 def test_two_sharded_processes_do_what_one_does_and_one_goes_on_from_them(tmp_path, data, undisturbed):
-    train_in_two_processes(tmp_path, 60, f"data={data}", "checkpoint_every=4", "fsdp=true")
-    assert_same_loss(tmp_path, undisturbed)
-    shutil.rmtree(tmp_path / "checkpoints" / "step-00000006")
-    shutil.rmtree(tmp_path / "model")
-    train(settings_of(data), tmp_path)
-    assert_same_loss(tmp_path, undisturbed)
+    # Of micro-batches of 1, so that each process has two in a step, and with gradients that are clipped in each.
+    clipped = ("micro_batch_size=1", "max_gradient_norm=0.1")
+    train(settings_of(data, *clipped), tmp_path / "one")
+    assert all(line["gradient_norm"] > 0.1 for line in log_of(tmp_path / "one"))
+    train_in_two_processes(tmp_path / "two", 60, f"data={data}", "checkpoint_every=4", "fsdp=true", *clipped)
+    assert_same_loss(tmp_path / "two", tmp_path / "one")
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-00000006")
+    shutil.rmtree(tmp_path / "two" / "model")
+    train(settings_of(data, *clipped), tmp_path / "two")
+    assert_same_loss(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.slow
@@ -395,6 +407,37 @@ def test_a_nan_stops_before_the_weights_change_and_names_its_documents(tmp_path,
     weights = weights_of(tmp_path)
     assert weights.pop("model.embed_tokens.weight").isnan().any(1).sum() == 1
     assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_an_infinite_gradient_is_blamed_on_its_kind_of_layer_alone(tmp_path, data, monkeypatch):
+    train_step = CheckpointingTrainer.training_step
+
+    def poison(self, model, *arguments, **options):
+        loss = train_step(self, model, *arguments, **options)
+        model.model.layers[1].mixer_norm.weight.grad[0] = math.inf
+        return loss
+
+    monkeypatch.setattr(CheckpointingTrainer, "training_step", poison)
+    with pytest.raises(NonFiniteError, match=r"the gradient is no finite number in attention\. Rows"):
+        train(settings_of(data), tmp_path)
+    norms = json.loads((tmp_path / "non-finite.json").read_text())["gradient_norms"]
+    assert [kind for kind, norm in norms.items() if not math.isfinite(float(norm))] == ["attention"]
+
+
+def test_a_skipped_nan_is_left_out_of_the_entries_loss(tmp_path, data, monkeypatch):
+    compute = CheckpointingTrainer.compute_loss
+
+    def spoiled(self, *arguments, **options):
+        return compute(self, *arguments, **options) * (math.nan if self.state.global_step == 2 else 1)
+
+    monkeypatch.setattr(CheckpointingTrainer, "compute_loss", spoiled)
+    train(settings_of(data, "report_to=[tensorboard]", "log_every=2", "skip_steps=[3]"), tmp_path)
+    losses = [line["loss"] for line in log_of(tmp_path)]
+    assert losses[2] is None
+    scalars = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars
+    expected = [(losses[0] + losses[1]) / 2, losses[3], (losses[4] + losses[5]) / 2]
+    assert [event.value for event in scalars("train/loss")] == pytest.approx(expected)
+    assert math.isfinite(scalars("train/train_loss")[-1].value)
 
 
 def test_a_spike_is_noted_with_its_windows(tmp_path, data, monkeypatch):
