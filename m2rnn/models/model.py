@@ -441,10 +441,10 @@ def next_labels(labels: Tensor, packing: Packing | None) -> Tensor:
     padded = packing is not None and not packing.right_padded
     if packing is not None and padded:
         labels = packing.pack(labels)
-    labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
     if packing is None:
         return labels
-    last = F.pad(packing.sequence_ids.diff() != 0, (0, 1), value=True)
+    last = F.pad(packing.sequence_ids, (0, 1), value=-1).diff() != 0
     labels = labels.masked_fill(last, IGNORED)
     return packing.pad(labels, IGNORED) if padded else labels
 

@@ -120,6 +120,21 @@ def test_no_label_crosses_padding_or_a_boundary(how: str) -> None:
     assert_close(loss, total / 8, torch.float64, "output")
 
 
+@pytest.mark.parametrize("name", ["hybrid", "moe"])
+def test_batches_without_a_token_have_no_loss(name: str) -> None:
+    model, ids = make(name).train(), torch.randint(VOCAB, (2, 6))
+    for arguments in (
+        {"input_ids": ids[:, :0], "labels": ids[:, :0]},
+        {"input_ids": ids, "labels": ids, "attention_mask": torch.zeros_like(ids)},
+        {"input_ids": ids, "labels": torch.full_like(ids, -100)},
+    ):
+        loss = model(**arguments, num_items_in_batch=5).loss
+        loss.backward()
+        assert loss == 0
+        assert model(**arguments).loss.isnan()
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())
+
+
 def test_logits_to_keep() -> None:
     model = make()
     ids = torch.randint(VOCAB, (2, 6))
