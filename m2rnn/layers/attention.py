@@ -112,6 +112,8 @@ class Attention(nn.Module):
             if hidden_size % num_heads:
                 raise ValueError(f"num_heads ({num_heads}) must divide hidden_size ({hidden_size}), or give head_dim")
             head_dim = hidden_size // num_heads
+        if head_dim < 1:
+            raise ValueError(f"head_dim must be at least 1, got {head_dim}")
         if rope_theta is not None and (rope_theta <= 0 or head_dim % 2):
             raise ValueError(f"rope_theta ({rope_theta}) must be positive and head_dim ({head_dim}) even")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim

@@ -58,9 +58,9 @@ class M2RNNConfig(PreTrainedConfig):
     mixer_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     mlp_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     rms_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-    embedding_range: float | None = None
-    router_aux_loss_coef: float = 0.001
+    initializer_range: int | float = 0.02  # an int too: JSON and people write 0 and 1
+    embedding_range: int | float | None = None
+    router_aux_loss_coef: int | float = 0.001
     output_router_logits: bool = False
     tie_word_embeddings: bool = False
     use_cache: bool = True
@@ -82,6 +82,14 @@ class M2RNNConfig(PreTrainedConfig):
     def num_hidden_layers(self) -> int:
         """Number of layers, which is the length of ``mixers``."""
         return len(self.mixers)
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, layers: int) -> None:  # as other models' configurations name it
+        if layers != len(self.mixers):
+            raise ValueError(
+                f"num_hidden_layers follows from mixers, which names {len(self.mixers)} layers, got {layers}: "
+                'name the mixer of each layer, such as mixers=["m2rnn"] * 12'
+            )
 
 
 def _check_layers(kind: str, names: list[str], options: dict[str, dict[str, Any]], classes: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from m2rnn.models import M2RNNConfig, M2RNNForCausalLM
         ({"mlp_options": {"none": {"size": 4}}}, "mlp 'none' has no option 'size'"),
         ({"mixers": ["m2rnn"], "mlps": ["swiglu", "none"]}, "got 1 mixers and 2 mlps"),
         ({"mixers": []}, "got 0 mixers"),
+        ({"num_hidden_layers": 12}, "num_hidden_layers follows from mixers, which names 4 layers, got 12"),
     ],
 )
 def test_bad_configurations_are_refused(fields: dict, message: str) -> None:
@@ -35,3 +36,12 @@ def test_bad_configurations_are_refused(fields: dict, message: str) -> None:
 def test_bad_option_values_are_refused_by_the_layer() -> None:
     with pytest.raises(ValueError, match="num_q_heads must divide"):
         M2RNNForCausalLM(M2RNNConfig(mixer_options={"m2rnn": {"num_heads": 4, "num_q_heads": 3}}))
+
+
+def test_the_number_of_layers_may_be_given_too() -> None:
+    assert M2RNNConfig(mixers=["m2rnn"] * 3, num_hidden_layers=3).num_hidden_layers == 3
+
+
+def test_whole_numbers_are_numbers() -> None:
+    config = M2RNNConfig(router_aux_loss_coef=0, embedding_range=1)
+    assert (config.router_aux_loss_coef, config.embedding_range) == (0, 1)
