@@ -15,9 +15,9 @@ SMALLEST_A = 1e-4  # keeps log(A) finite where the range starts at 0
 class DecayGate(nn.Module):
     """``f = exp(-exp(A_log) · softplus(logit + dt_bias))``, in (0, 1], one pair of parameters per head.
 
-    Computed in float32, or float64 for float64 logits. ``A_log`` and ``dt_bias`` are made in float32 and stay
-    so under ``.to(torch.bfloat16)``, also in a model that is loaded in 16 bits: near f = 1 their rounding
-    would decide how far the layer remembers. They take no weight decay.
+    Computed in float32, or float64 for float64 logits. ``A_log`` and ``dt_bias`` are made in float32 (float64 where
+    that is torch's default) and stay so under ``.to(torch.bfloat16)``, also in a model that is loaded in 16 bits: near
+    f = 1 their rounding would decide how far the layer remembers. They take no weight decay.
 
     Args:
         num_heads: number of gates.
@@ -43,8 +43,9 @@ class DecayGate(nn.Module):
         if not 0 < dt_range[0] <= dt_range[1] or dt_floor <= 0:
             raise ValueError(f"dt_range and dt_floor must be positive and ordered, got {dt_range} and {dt_floor}")
         self.A_range, self.dt_range, self.dt_floor = A_range, dt_range, dt_floor
-        self.A_log = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
-        self.dt_bias = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.A_log = nn.Parameter(torch.empty(num_heads, dtype=dtype))
+        self.dt_bias = nn.Parameter(torch.empty(num_heads, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

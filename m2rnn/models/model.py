@@ -100,7 +100,7 @@ class M2RNNPreTrainedModel(PreTrainedModel):
             init.normal_(module.gate_up_proj, 0, std)
             init.normal_(module.down_proj, 0, narrow)
         elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, 0, self.config.embedding_range or std)
+            init.normal_(module.weight, 0, std if self.config.embedding_range is None else self.config.embedding_range)
         elif isinstance(module, nn.Linear):
             init.normal_(module.weight, 0, std)
         elif hasattr(module, "reset_parameters"):
@@ -184,12 +184,14 @@ class M2RNNModel(M2RNNPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        assert inputs is not None
         cache = _one_cache(past_key_values, cache)
         if cache is not None and not isinstance(cache, M2RNNCache):
             raise ValueError(f"past_key_values must be an M2RNNCache, got {type(cache).__name__}")
         if packing == "find":
-            packing = layout_of(hidden, attention_mask, cu_seq_lens_q, position_ids, cache)
+            packing = layout_of(inputs, attention_mask, cu_seq_lens_q, position_ids, cache)
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = cache is not None or (self.config.use_cache and not self.training)
         if cache is None and use_cache:
@@ -200,6 +202,8 @@ class M2RNNModel(M2RNNPreTrainedModel):
             output_router_logits = self.config.output_router_logits
 
         rows, steps = hidden.shape[:2] if packing is None else (packing.rows, packing.width)
+        if cache is not None and len(cache.layers) != len(self.layers):
+            raise ValueError(f"past_key_values is for {len(cache.layers)} layers, but the model has {len(self.layers)}")
         if cache is not None and cache.batch_size not in (-1, rows):
             raise ValueError(f"past_key_values holds {cache.batch_size} sequences, but the new tokens are of {rows}")
         padded = packing if packing is not None and not packing.right_padded else None
@@ -212,7 +216,8 @@ class M2RNNModel(M2RNNPreTrainedModel):
         def unpacked(hidden: Tensor) -> Tensor:
             return hidden if padded is None else padded.pad(hidden)
 
-        one_token = packing is None and hidden.shape[1] == 1 and not torch.is_grad_enabled()
+        # A static cache moves on in place, so not if it is to stay as it is
+        one_token = use_cache and packing is None and hidden.shape[1] == 1 and not torch.is_grad_enabled()
         if cache is not None and one_token:
             cache.check_room()
         hidden_states, aux_losses, router_logits = [], [], []
@@ -260,6 +265,9 @@ def layout_of(
     cache: M2RNNCache | None,
 ) -> Packing | None:
     """Where sequences lie in ``inputs`` [B, T, ...]; None if each row is one sequence without padding."""
+    if inputs.dim() != (3 if inputs.is_floating_point() else 2):
+        got = tuple(inputs.shape)
+        raise ValueError(f"input_ids must be [B, T], or inputs_embeds [B, T, hidden_size], got shape {got}")
     batch, steps = inputs.shape[:2]
     if position_ids is not None and tuple(position_ids.shape) not in ((batch, steps), (1, steps)):
         got = tuple(position_ids.shape)
@@ -384,6 +392,16 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
         if "moe" not in self.config.mlps:
             return CausalLMOutputWithPast(**common)
         return MoeCausalLMOutputWithPast(**common, aux_loss=outputs.aux_loss, router_logits=outputs.router_logits)
+
+    def _get_resized_lm_head(self, old_lm_head: nn.Linear, *args: Any, **kwargs: Any) -> nn.Linear:
+        """As in transformers, but the new head also sums the loss itself, as FSDP needs."""
+        resized: nn.Linear = super()._get_resized_lm_head(old_lm_head, *args, **kwargs)
+        if not isinstance(old_lm_head, LanguageModelHead) or isinstance(resized, LanguageModelHead):
+            return resized
+        with torch.device("meta"):
+            head = LanguageModelHead(resized.in_features, resized.out_features)
+        head.weight = resized.weight
+        return head
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self,

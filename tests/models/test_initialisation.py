@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from m2rnn.models import M2RNNConfig, M2RNNForCausalLM, M2RNNModel
+from m2rnn.models.loss import LanguageModelHead
 from tests.models.small import VOCAB, config, make
+from tests.tolerances import assert_close
 
 
 def wide_config(**overrides) -> M2RNNConfig:
@@ -133,6 +135,33 @@ def test_saving_and_loading_gives_the_same_bits(tied: bool, tmp_path: Path) -> N
     assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
     path = {"_name_or_path": ""}
     assert AutoConfig.from_pretrained(tmp_path).to_dict() | path == model.config.to_dict() | path
+
+
+def test_float64_models_load_with_the_same_bits(tmp_path: Path) -> None:
+    model = make("linear")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)  # numbers that float32 does not hold
+    model.save_pretrained(tmp_path)
+    loaded = M2RNNForCausalLM.from_pretrained(tmp_path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_an_embedding_may_start_at_zero() -> None:
+    assert M2RNNForCausalLM(config(embedding_range=0.0)).model.embed_tokens.weight.abs().max() == 0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_resized_vocabularies_keep_their_head(tied: bool, tmp_path: Path) -> None:
+    model, ids = make(dtype=torch.float32, tie_word_embeddings=tied), torch.randint(VOCAB, (2, 5))
+    before = model(ids).logits
+    model.resize_token_embeddings(VOCAB + 5, mean_resizing=False)
+    assert type(model.lm_head) is LanguageModelHead
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert_close(model(ids).logits[..., :VOCAB], before, torch.float32, "output")
+    model.save_pretrained(tmp_path)
+    loaded, more = M2RNNForCausalLM.from_pretrained(tmp_path), torch.full((1, 3), VOCAB + 4)
+    assert_close(loaded(more, labels=more).loss, model(more, labels=more).loss, torch.float32, "output")
 
 
 def test_tied_head_is_the_embedding() -> None:

@@ -171,6 +171,13 @@ def test_contradictory_inputs_are_refused() -> None:
     for arguments in ({}, {"input_ids": ids, "inputs_embeds": torch.zeros(2, 4, 16)}):
         with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
             model(**arguments)
+    for arguments in ({"input_ids": ids[0]}, {"input_ids": ids[None]}, {"inputs_embeds": torch.zeros(4, 16)}):
+        for part in (model, model.model):
+            with pytest.raises(ValueError, match=r"input_ids must be \[B, T\], or inputs_embeds \[B, T, hidden_size\]"):
+                part(**arguments)
+    for layers in (2, 4):
+        with pytest.raises(ValueError, match=f"past_key_values is for {layers} layers, but the model has 3"):
+            model(ids, past_key_values=M2RNNCache(layers))
     with pytest.raises(ValueError, match="must be an M2RNNCache, got tuple"):
         model(ids, past_key_values=())
     with pytest.raises(ValueError, match=r"position_ids must be \[2, 4\] or \[1, 4\], got \(4,\)"):

@@ -119,6 +119,18 @@ def test_single_tokens_stay_in_place(name: str) -> None:
         cache.crop(-1)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_call_without_use_cache_leaves_the_cache_as_it_was(name: str) -> None:
+    model, ids = make(name), prompts(2)
+    cache = static_cache(model, PROMPT)  # no room for more is needed
+    model(ids, past_key_values=cache)
+    for token in (ids[:, :1], ids[:, 1:2]):
+        logits = model(token, past_key_values=cache, use_cache=False).logits
+        assert_close(logits, model(torch.cat([ids, token], 1)).logits[:, -1:], torch.float64, "output")
+        assert cache.get_seq_length() == PROMPT
+
+
 def test_a_prompt_beyond_the_cache_is_an_error() -> None:
     model = make("rope")
     with pytest.raises(ValueError, match="a static cache of 3 tokens cannot hold 5"):
