@@ -30,6 +30,7 @@ class Encoding:
     Attributes:
         reading: how to find documents in a piece.
         tokenizer: the folder with its ``tokenizer.json``; ``is_bytes`` if that is the byte tokenizer.
+        tokenizer_hash: see ``tokenizers.tokenizer_hash``.
         vocab_size, eos: of the tokenizer.
         bos: the id to begin documents with, if any.
         valid_fraction: of the training documents that go to ``valid``.
@@ -37,6 +38,7 @@ class Encoding:
 
     reading: Reading
     tokenizer: Path
+    tokenizer_hash: str
     is_bytes: bool
     vocab_size: int
     eos: int
@@ -146,7 +148,7 @@ def share_of(text: str, purpose: str) -> float:
 
 
 def _encode_texts(texts: list[str], encoding: Encoding) -> EncodedSplit:
-    encode = _encoder(encoding.tokenizer, encoding.is_bytes, encoding.dtype)
+    encode = _encoder(encoding.tokenizer, encoding.tokenizer_hash, encoding.is_bytes, encoding.dtype)
     begin = [] if encoding.bos is None else [np.array([encoding.bos], encoding.dtype)]
     end = np.array([encoding.eos], encoding.dtype)
     parts, lengths = [], []
@@ -171,6 +173,7 @@ def _batches(texts: list[str]) -> Iterator[list[str]]:
         yield batch
 
 
-@lru_cache(maxsize=1)  # a process encodes many blocks with one tokenizer
-def _encoder(folder: Path, is_bytes: bool, dtype: np.dtype[Any]) -> Encode:
+# A process encodes many blocks with one tokenizer. The hash tells it from one that the folder held before.
+@lru_cache(maxsize=1)
+def _encoder(folder: Path, tokenizer_hash: str, is_bytes: bool, dtype: np.dtype[Any]) -> Encode:
     return encoder(folder, is_bytes, dtype)

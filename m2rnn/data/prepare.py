@@ -252,6 +252,7 @@ def _encoding(settings: Settings, folder: Path, described: Mapping[str, Any]) ->
     return Encoding(
         reading=settings.reading,
         tokenizer=folder,
+        tokenizer_hash=described["sha256"],
         is_bytes=described["sha256"] == tokenizer_hash(byte_tokenizer()),
         vocab_size=described["vocab_size"],
         eos=described["eos_token_id"],

@@ -107,6 +107,15 @@ def test_another_tokenizer_under_the_same_name_is_refused(tmp_path):
             prepare(changed, tmp_path / "second", processes=1)
 
 
+def test_a_folder_made_anew_is_written_with_its_new_tokenizer(tmp_path):
+    for trained_on in (many(50), TEXTS):
+        train_bpe(trained_on, 300).save_pretrained(tmp_path / "bpe")
+        data = prepared(tmp_path, many(50), tokenizer=str(tmp_path / "bpe"), overwrite=True)
+        tokenizer = data.load_tokenizer()
+        for number, text in enumerate(many(50)):
+            assert data.document(number)[:-1].tolist() == tokenizer(text)["input_ids"]
+
+
 def test_a_share_of_the_documents_goes_to_validation_with_its_copies(tmp_path):
     source = write_json_lines(tmp_path / "source.jsonl", many(400) * 2)
     reverse = write_json_lines(tmp_path / "reverse.jsonl", many(400)[::-1])

@@ -39,10 +39,11 @@ def write_parquet(path: Path, texts: Sequence[str | None], field: str = "text", 
     return path
 
 
-def prepared(folder: Path, texts: Sequence[str], **options: object) -> TokenDataset:
+def prepared(folder: Path, texts: Sequence[str], overwrite: bool = False, **options: object) -> TokenDataset:
     """The training split of these texts."""
     source = write_json_lines(folder / "source.jsonl", texts)
-    prepare(Settings({"train": [str(source)]}, **options), folder / "tokens", processes=1)  # type: ignore[arg-type]
+    settings = Settings({"train": [str(source)]}, **options)  # type: ignore[arg-type]
+    prepare(settings, folder / "tokens", processes=1, overwrite=overwrite)
     return TokenDataset(folder / "tokens")
 
 
