@@ -133,6 +133,17 @@ def test_a_mistake_is_named_without_a_traceback(tmp_path, options, message):
     assert isinstance(result.exception, SystemExit)
 
 
+def test_a_damaged_checkpoint_is_named_without_a_traceback(tmp_path):
+    assert run("--out", tmp_path, *QUICK).exit_code == 0
+    (tmp_path / "results.json").unlink()
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    (checkpoint / "state.json").unlink()
+    result = run("--out", tmp_path, *QUICK)
+    assert result.exit_code == 1
+    assert "state.json: No such file or directory" in result.stderr
+    assert isinstance(result.exception, SystemExit)
+
+
 def test_other_settings_in_the_same_folder_need_overwrite(tmp_path):
     assert run("--out", tmp_path, *QUICK).exit_code == 0
     refused = run("--out", tmp_path, *QUICK, "--seed", 1)

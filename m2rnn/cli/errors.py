@@ -17,19 +17,24 @@ def fail(message: str, exit_code: int) -> NoReturn:
 
 
 @contextmanager
-def user_errors(*mistakes: type[Exception], interrupted: str, once_mended: str = "") -> Iterator[None]:
+def user_errors(
+    *mistakes: type[Exception], interrupted: str, once_mended: str = "", failures: tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
     """End with one line for what a user, the disk or Ctrl-C did.
 
     Args:
         mistakes: exceptions that stand for a user's mistake, beside those of settings and of folders of runs.
         interrupted: what to say after Ctrl-C.
         once_mended: what to add to an error of the operating system.
+        failures: exceptions that say enough themselves and are no mistake of the user's.
     """
     users: tuple[type[Exception], ...] = (SettingsError, RunFolderError, *mistakes)
     try:
         yield
     except users as error:
         fail(str(error), exit_code=2)
+    except failures as error:
+        fail(str(error), exit_code=1)
     except OSError as error:
         fail(f"{error}{once_mended}", exit_code=1)
     except KeyboardInterrupt:
@@ -42,7 +47,13 @@ def out_of_memory() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch
+        reason = memory_that_lacked(error)
+        if reason is None:
             raise
-        reason = str(error).partition(". ")[0]
         fail(f"{reason}: the same command goes on with a smaller --batch or --segment", exit_code=1)
+
+
+def memory_that_lacked(error: Exception) -> str | None:
+    """What torch says of a GPU's memory that was too small, in short; None if the error is another."""
+    is_it = type(error).__name__ == "OutOfMemoryError"  # torch's, without importing torch
+    return str(error).partition(". ")[0] if is_it else None

@@ -86,9 +86,12 @@ def track(
     from m2rnn.evaluation.track import track as track_one
     from m2rnn.evaluation.track_compare import compare as compare_runs
     from m2rnn.evaluation.track_report import comparison_table, table
+    from m2rnn.training.checkpoint import CheckpointError
     from m2rnn.training.display import Display
+    from m2rnn.training.track import DivergedError
 
-    with user_errors(interrupted=f"interrupted; the same command resumes the run in {out}"):
+    failures = (CheckpointError, DivergedError)
+    with user_errors(interrupted=f"interrupted; the same command resumes the run in {out}", failures=failures):
         settings = TrackSettings(
             group=group,
             inputs=inputs,  # type: ignore[arg-type] # checked by TrackSettings
@@ -135,11 +138,13 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
     """``["hidden_size=32"]`` as ``{"hidden_size": 32}``; values are YAML."""
     import yaml
 
+    from m2rnn.training.yaml_values import read_yaml
+
     overrides = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         try:
-            overrides[name.strip()] = yaml.safe_load(value)
+            overrides[name.strip()] = read_yaml(value)
         except yaml.YAMLError:
             equals = ""
         if not equals:

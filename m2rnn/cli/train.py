@@ -3,12 +3,13 @@
 import os
 import sys
 import textwrap
+import traceback
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
-from m2rnn.cli.errors import fail
+from m2rnn.cli.errors import fail, memory_that_lacked
 from m2rnn.cli.options import OverwriteRun
 from m2rnn.data.run_folder import RunFolderError
 from m2rnn.training.track_settings import SettingsError
@@ -61,10 +62,19 @@ def train(
 
     process = int(os.environ.get("RANK", "0"))
     is_first = process == 0
+    name = "m2rnn: " if is_first else f"m2rnn: process {process}: "
 
     def end(message: str, exit_code: int) -> NoReturn:
         if is_first:
             fail(message, exit_code)
+        raise typer.Exit(exit_code)
+
+    def end_alone(message: str, exit_code: int) -> NoReturn:
+        """End this process, perhaps the only one that failed: the others wait for it, so it must not wait for them."""
+        typer.echo(message, err=True)
+        if training.is_distributed():
+            sys.stderr.flush()
+            os._exit(exit_code)  # torchrun then ends the others
         raise typer.Exit(exit_code)
 
     try:
@@ -96,18 +106,26 @@ def train(
             results = training.train(settings, out, minutes=minutes, overwrite=overwrite, display=display)
     except (SettingsError, RunFolderError) as error:
         end(str(error), exit_code=2)
-    except DataError as error:  # perhaps of this process alone
-        fail(str(error) if is_first else f"process {process}: {error}", exit_code=2)
     except (CheckpointError, NonFiniteError) as error:
         end(str(error), exit_code=1)
     except training.Stopped as stopped:
         why = "interrupted" if stopped.interrupted else f"stopped after {minutes:g} minutes"
         step = f"step {stopped.step:,} of {settings.steps:,} is saved"
         end(f"{why}: {step}, and the same command goes on from it in {out}", 130 if stopped.interrupted else 0)
-    except KeyboardInterrupt:
-        end(f"interrupted; the same command goes on from the last checkpoint in {out}", exit_code=130)
+    except KeyboardInterrupt:  # the second one
+        end_alone(f"{name}interrupted; the same command goes on from the last checkpoint in {out}", exit_code=130)
+    except DataError as error:
+        end_alone(f"{name}{error}", exit_code=2)
     except OSError as error:
-        fail(f"{error}. Once that is mended, the same command goes on in {out}", exit_code=1)
+        end_alone(f"{name}{error}. Once that is mended, the same command goes on in {out}", exit_code=1)
+    except Exception as error:
+        lacked = memory_that_lacked(error)
+        if lacked is not None:
+            less = "a smaller micro_batch_size, checkpoint_activations=true or, on several GPUs, fsdp=true"
+            end_alone(f"{name}{lacked}: the same command goes on with {less}", exit_code=1)
+        if not training.is_distributed():
+            raise
+        end_alone(f"{traceback.format_exc()}{name}failed", exit_code=1)
     finally:
         training.leave_process_group()
     if is_first:

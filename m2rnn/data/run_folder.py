@@ -121,7 +121,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
     partial = path.with_name(path.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # room, if the disk is full
+        raise
     for file in (*partial.iterdir(), partial):
         force_to_disk(file)
     partial.replace(path)

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from m2rnn.data.run_folder import CHECKPOINTS, to_json, whole_folder
+from m2rnn.data.run_folder import CHECKPOINTS, PARTIAL, to_json, whole_folder
 
 Value = TypeVar("Value")
 
@@ -67,6 +67,8 @@ def save_checkpoint(
         return
     if is_first_process():
         try:
+            for unfinished in path.parent.glob("step-*" + PARTIAL):  # of processes that were killed
+                shutil.rmtree(unfinished)
             with whole_folder(path) as partial:
                 _write_files(partial, model, optimizer, {STATE: to_json(state), **(files or {})})
             for older in checkpoints(folder)[:-keep]:

@@ -19,16 +19,32 @@ def configure(
         SettingsError: if there is no such preset or field, for a value of another type, for sizes that make no model,
             and for fewer token ids than ``vocab_size``.
     """
-    for name in changes:
-        if name not in M2RNNConfig.__annotations__:  # a Hugging Face config would take and ignore it
-            raise SettingsError(f"model.{name}: expected a field of M2RNNConfig, such as hidden_size")
+    typed = {name: _typed(name, value) for name, value in changes.items()}
     try:
-        config = preset(**{"vocab_size": vocab_size, **given, **changes})
+        config = preset(**{"vocab_size": vocab_size, **given, **typed})
         with torch.device("meta"):
-            M2RNNForCausalLM(config)
-    except (TypeError, ValueError, StrictDataclassError) as error:
+            _try_mixers(M2RNNForCausalLM(config))
+    except (TypeError, ValueError, RuntimeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise SettingsError(f"model {dict(changes)}: {reason}" if changes else reason) from error
     if config.vocab_size < vocab_size:
         raise SettingsError(f"model.vocab_size {config.vocab_size}: expected at least {vocab_size:,}, the token ids")
     return config
+
+
+def _typed(name: str, value: Any) -> Any:
+    annotation = M2RNNConfig.__annotations__.get(name)
+    if annotation is None:  # a Hugging Face config would take and ignore it
+        raise SettingsError(f"model.{name}: expected a field of M2RNNConfig, such as hidden_size")
+    if name.endswith("_options") and not (
+        isinstance(value, Mapping) and all(isinstance(each, Mapping) for each in value.values())
+    ):
+        raise SettingsError(f"model.{name} {value!r}: expected names with options, such as {{m2rnn: {{num_heads: 8}}}}")
+    return float(value) if annotation in (float, float | None) and type(value) is int else value
+
+
+def _try_mixers(model: M2RNNForCausalLM) -> None:
+    """Run one layer of each kind for a token: some options are looked at no sooner."""
+    layers = zip(model.config.mixers, model.model.layers, strict=True)
+    for block in dict(layers).values():
+        block.mixer(torch.empty(1, 1, model.config.hidden_size))

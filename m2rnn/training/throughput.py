@@ -1,5 +1,6 @@
 """How fast a training runs, and how much of the device's peak that is."""
 
+import re
 import time
 
 import torch
@@ -9,9 +10,11 @@ PEAKS = (
     ("H100 PCIe", 756e12),
     ("H100 NVL", 835e12),
     ("H100", 989e12),
+    ("H200 NVL", 835e12),
     ("H200", 989e12),
     ("GH200", 989e12),
     ("B200", 2250e12),
+    ("GB200", 2500e12),
     ("A100", 312e12),
     ("L40S", 362e12),
     ("RTX 4090", 165e12),
@@ -23,8 +26,14 @@ def peak_flops(device: torch.device) -> float | None:
     """FLOP/s of bfloat16 matrix products, or None if the device is not in ``PEAKS``."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS if part in name), None)
+    return peak_of(torch.cuda.get_device_name(device))
+
+
+def peak_of(name: str) -> float | None:
+    """``peak_flops`` of the device that CUDA calls so; laptops' are others of the same number."""
+    if "Laptop" in name:
+        return None
+    return next((peak for part, peak in PEAKS if re.search(rf"\b{part}\b", name)), None)
 
 
 class Throughput:

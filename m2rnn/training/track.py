@@ -34,6 +34,10 @@ MAX_GRADIENT_NORM = 1.0
 Outcome = Literal["solved", "given up", "step limit", "time limit"]
 
 
+class DivergedError(Exception):
+    """The loss or its gradient is no finite number: the weights stay as they were."""
+
+
 @dataclass(frozen=True)
 class TrainingResult:
     """A trained model and how it came about; ``seconds`` add up over interruptions."""
@@ -106,7 +110,11 @@ def train(
             noise = None
             if settings.noise:
                 noise = draw_noise(settings, progress.step, (*batch.inputs.shape, model.config.hidden_size))
-            loss, gradient_norm = train_step(model, optimizer, batch, rate, noise)
+            try:
+                loss, gradient_norm = train_step(model, optimizer, batch, rate, noise)
+            except DivergedError as error:
+                hint = "Try a smaller learning rate, or another seed, in a new folder or with --overwrite"
+                raise DivergedError(f"step {progress.step + 1}: {error}. {hint}") from None
             length, inputs, progress = progress.length, progress.inputs, curriculum.after(progress, loss)
             seconds = earlier_seconds + time.monotonic() - began
             log.write(
@@ -161,6 +169,9 @@ def train_step(
 
     ``noise`` is added to the embeddings. It pushes the state at every token, so what is right at the end of a sequence
     is a state that is pulled back to where it belongs, and that holds far beyond the training's lengths.
+
+    Raises:
+        DivergedError: before the weights change, if the gradient is no finite number.
     """
     device = model.device
     embedded = model.get_input_embeddings()(torch.from_numpy(batch.inputs).to(device))
@@ -170,7 +181,9 @@ def train_step(
     loss = cross_entropy(logits.flatten(0, 1).float(), torch.from_numpy(batch.targets).to(device).flatten())
     optimizer.zero_grad()
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM, error_if_nonfinite=True)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+    if not norm.isfinite():
+        raise DivergedError(f"the loss is {loss.item():.4g} and the norm of its gradient {norm.item():.4g}")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()

@@ -136,6 +136,8 @@ def train(
             done = saved["step"] if saved else 0  # later steps that an earlier process wrote are left out
             reporters.append(TensorBoardCallback(SummaryWriter(folder / TENSORBOARD, purge_step=done + 1)))
         log = stack.enter_context(Log(folder / LOG, saved["log_bytes"] if saved else 0)) if first else None
+        if first and found is None:
+            stack.enter_context(_free_unless_begun(folder, throughput))
         interrupted = stack.enter_context(interrupts_noted((SIGINT, SIGTERM)))
         monitor = Monitor(
             settings,
@@ -211,13 +213,18 @@ def dry_run(settings: TrainSettings) -> str:
     return plan(settings, config, data, args.world_size, is_bfloat16(settings, args.device))
 
 
+def is_distributed() -> bool:
+    """Whether torchrun's processes have found each other."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def leave_process_group() -> None:
     """End what torchrun's processes share, if anything; a trainer that an exception being handled still holds too.
 
     The group ends its threads only with the last that holds it, and the trainer does. Gloo's threads free tensors,
     which takes the interpreter's lock: where they outlive the interpreter, the process aborts.
     """
-    if torch.distributed.is_initialized():
+    if is_distributed():
         error = sys.exception()
         while error is not None:
             traceback.clear_frames(error.__traceback__)
@@ -325,7 +332,7 @@ def tokens_hash(data: TokenDataset) -> str:
 
 @torch.no_grad()
 def validate(trainer: CheckpointingTrainer, settings: TrainSettings, data: TokenDataset) -> dict[str, float] | None:
-    """The mean loss over the first sequences of the split ``valid``; None if there is none."""
+    """The mean loss over the first sequences of the split ``valid``; None if it has no token to predict."""
     if settings.valid_sequences == 0 or "valid" not in data.manifest["splits"]:
         return None
     valid = TokenDataset(data.folder, "valid")
@@ -348,9 +355,11 @@ def validate(trainer: CheckpointingTrainer, settings: TrainSettings, data: Token
             loss = model(**batch, num_items_in_batch=1, logits_to_keep=1, use_cache=False).loss
         if numbers:
             totals += torch.tensor([loss.item(), (batch["labels"] != -100).sum().item()], dtype=torch.float64)
-    summed = trainer.accelerator.reduce(totals.float().to(device), "sum").tolist()
-    loss = summed[0] / summed[1]
-    return {"loss": loss, "perplexity": math.exp(loss), "tokens": int(summed[1])}
+    total, tokens = trainer.accelerator.reduce(totals.to(device), "sum").tolist()
+    if tokens == 0:
+        return None
+    loss = total / tokens
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": int(tokens)}
 
 
 def _set_fsdp_precision(trainer: CheckpointingTrainer, settings: TrainSettings) -> None:
@@ -386,6 +395,18 @@ def _write_model(trainer: CheckpointingTrainer, config: M2RNNConfig, data: Token
         except (OSError, SafetensorError) as error:
             failure = f"cannot write {folder / MODEL}: {error}. The checkpoint is whole: make room, run again"
     raise_everywhere(failure)
+
+
+@contextmanager
+def _free_unless_begun(folder: Path, throughput: Throughput) -> Iterator[None]:
+    """Leave the folder to other settings where an error ends the first step, such as one of too little memory."""
+    try:
+        yield
+    except Exception:
+        if throughput.steps == 0 and not (folder / NON_FINITE).exists():
+            (folder / LOG).unlink()
+            shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
+        raise
 
 
 @contextmanager

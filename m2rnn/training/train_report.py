@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
+from torch.overrides import TorchFunctionMode
 
 from m2rnn.data.run_folder import LOG, write_whole_file
 from m2rnn.data.token_files import TokenDataset
@@ -80,9 +82,25 @@ def _kept_for_backward(model: M2RNNForCausalLM, settings: TrainSettings) -> floa
             kept[storage._cdata] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with _LinearAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(ids, labels=ids, num_items_in_batch=1)
     return float(sum(storage.nbytes() for storage in kept.values()))
+
+
+class _LinearAttention(TorchFunctionMode):
+    """Attention that keeps what torch's fused kernels keep: without data torch would take the one that keeps scores."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.scaled_dot_product_attention:
+            return _InputsKept.apply(*args[:3])  # type: ignore[no-untyped-call]
+        return function(*args, **(kwargs or {}))
+
+
+class _InputsKept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(q, k, v)
+        return q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
 def table(results: dict[str, Any], folder: Path) -> str:

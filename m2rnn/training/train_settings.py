@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from m2rnn.training.track_settings import SettingsError
+from m2rnn.training.yaml_values import read_yaml
 
 __all__ = ["FREE", "SettingsError", "TrainSettings", "described", "load_settings"]
 
@@ -121,6 +122,8 @@ class TrainSettings:
         self._check("weight_decay", 0 <= self.weight_decay < math.inf, "a number of at least 0")
         self._check("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
         self._check("device", self.device in ("auto", "cpu", "cuda"), "one of auto, cpu, cuda")
+        contradicts = self.fsdp_bfloat16 and self.precision == "float32"
+        self._check("fsdp_bfloat16", not contradicts, "false with precision float32")
 
     def _check(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -181,7 +184,7 @@ def load_settings(
     for override in overrides:
         key, equals, text = override.partition("=")
         try:
-            value = yaml.safe_load(text)
+            value = read_yaml(text)
         except yaml.YAMLError:
             equals = ""
         if not equals or not key:
@@ -192,7 +195,7 @@ def load_settings(
 
 def _read_recipe(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"recipe {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -225,20 +228,17 @@ def _checked(values: Mapping[str, Any]) -> TrainSettings:
 
 
 def _typed(name: str, value: Any, expected: Any) -> Any:
-    """The value if it is of the expected type; YAML reads 3e-4, without a dot, as text."""
+    """The value if it is of the expected type."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if expected is float and (is_number or isinstance(value, str)):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    elif expected is int and is_number and float(value).is_integer():
+    if expected is float and is_number:
+        return float(value)
+    if expected is int and is_number and float(value).is_integer():
         return int(value)
-    elif expected in (str, bool, dict[str, Any]) and isinstance(value, getattr(expected, "__origin__", expected)):
+    if expected in (str, bool, dict[str, Any]) and isinstance(value, getattr(expected, "__origin__", expected)):
         return value
-    elif expected == list[str] and isinstance(value, (list, str)) and all(isinstance(item, str) for item in value):
+    if expected == list[str] and isinstance(value, (list, str)) and all(isinstance(item, str) for item in value):
         return [value] if isinstance(value, str) else value
-    elif expected == list[int] and isinstance(value, list) and all(type(item) is int for item in value):
+    if expected == list[int] and isinstance(value, list) and all(type(item) is int for item in value):
         return value
     wanted = {
         float: "a number",

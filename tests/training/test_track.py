@@ -15,7 +15,7 @@ import torch
 
 from m2rnn.data.run_folder import RunFolderError, run_folder
 from m2rnn.training.curriculum import Curriculum, Progress
-from m2rnn.training.track import build_config, build_model, draw_noise, train, train_step
+from m2rnn.training.track import DivergedError, build_config, build_model, draw_noise, train, train_step
 from m2rnn.training.track_settings import SettingsError, TrackSettings
 
 ROOT = Path(__file__).parents[2]
@@ -132,6 +132,14 @@ def test_a_log_shorter_than_the_checkpoint_is_refused(tmp_path):
     (tmp_path / "log.jsonl").write_text("")
     with pytest.raises(RunFolderError, match="shorter"):
         train(settings, tmp_path)
+
+
+def test_a_diverged_run_is_named_before_the_weights_change(tmp_path, monkeypatch):
+    settings = TrackSettings(model=TINY, steps=2, batch_size=2, train_length=4)
+    monkeypatch.setattr("m2rnn.training.track.cross_entropy", lambda logits, targets: logits.sum() * float("inf"))
+    with pytest.raises(DivergedError, match=r"step 1: the loss is -?(inf|nan) .*nan\. Try a smaller learning rate"):
+        train(settings, tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_the_log_tells_every_step_and_no_time(tmp_path):

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from m2rnn.cli import app
-from m2rnn.data.batches import PackedBatches
+from m2rnn.data.batches import PackedBatches, pack
 from m2rnn.data.prepare import Settings, prepare
 from m2rnn.data.run_folder import RunFolderError, run_folder
 from m2rnn.data.token_files import TokenDataset
@@ -28,8 +28,9 @@ from m2rnn.models import M2RNNForCausalLM
 from m2rnn.models.model import M2RNNBlock
 from m2rnn.training.checkpoint import CheckpointError
 from m2rnn.training.monitor import Monitor, NonFiniteError, kind_of
+from m2rnn.training.throughput import peak_of
 from m2rnn.training.train import Stopped, build_config, build_model, dry_run, train, training_arguments
-from m2rnn.training.train_report import table
+from m2rnn.training.train_report import memory_per_process, table
 from m2rnn.training.train_settings import SettingsError, load_settings
 from m2rnn.training.trainer import CheckpointingTrainer
 from tests.training.train_and_kill import SETTINGS
@@ -190,6 +191,17 @@ def test_a_signal_to_one_process_stops_both_for_the_same_reason(tmp_path, data):
 
 
 @pytest.mark.slow
+def test_a_process_that_fails_alone_ends_the_training(tmp_path, data):
+    script = str(Path(__file__).with_name("fail_alone.py"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    arguments = ["train", *SETTINGS, "--data", data, "--out", str(tmp_path)]
+    done = subprocess.run([*command, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0
+    assert "RuntimeError: of the second process alone" in done.stderr
+    assert "m2rnn: process 1: failed" in done.stderr
+
+
+@pytest.mark.slow
 def test_two_sharded_processes_do_what_one_does_and_one_goes_on_from_them(tmp_path, data, undisturbed):
     # Of micro-batches of 1, so that each process has two in a step, and with gradients that are clipped in each.
     clipped = ("micro_batch_size=1", "max_gradient_norm=0.1")
@@ -264,6 +276,16 @@ def test_the_validation_loss_is_of_as_many_sequences_as_wanted(tmp_path, data):
     for result in results:
         assert result["valid"]["tokens"] == int((windows[0]["labels"] != -100).sum())
         assert result["valid"]["loss"] == pytest.approx(results[0]["valid"]["loss"], rel=1e-5)
+
+
+def test_a_validation_split_without_labels_has_no_loss(tmp_path, data, monkeypatch):
+    monkeypatch.setattr("m2rnn.training.train.pack", without_labels)
+    assert train(settings_of(data, "steps=2"), tmp_path)["valid"] is None
+
+
+def without_labels(windows):
+    batch = pack(windows)
+    return batch | {"labels": batch["labels"].fill_(-100)}
 
 
 def test_a_model_for_which_there_is_no_room_is_named(tmp_path, data, undisturbed):
@@ -356,7 +378,19 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, data, undisturbed):
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert "cannot write the checkpoint" in done.stdout, done.stderr
     assert "step-00000002" in done.stdout
+    assert not list((tmp_path / "checkpoints").iterdir())  # half of one would take the room that is asked for
     train(settings_of(data), tmp_path)
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_half_a_checkpoint_of_a_killed_process_is_deleted_with_the_next(tmp_path, data, undisturbed):
+    half = tmp_path / "checkpoints" / "step-00000005.partial"
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000006")
+    half.mkdir()
+    (half / "model-00000.safetensors").write_bytes(b"half")
+    train(settings_of(data), tmp_path)
+    assert not half.exists()
     assert_same_run(tmp_path, undisturbed)
 
 
@@ -537,14 +571,74 @@ def test_options_of_the_computation_change_the_loss_little(tmp_path, data, undis
         ("model.hidden_size=wide", r"hidden_size.* expected int, got str .*'wide'"),
         ("model.hidden_size=15", r"must divide hidden_size \(15\)"),
         ("report_to=[tensorbord]", r"report_to \['tensorbord'\]: tensorbord is not supported, only .*tensorboard"),
+        ("model.hidden_size=-16", r"'hidden_size': -16.*negative dimension -16"),
+        ("model.mixer_options.m2rnn.state_clip=-1", r"state_clip is -1 \(int\), expected a positive number or None"),
+        ("model.mixer_options.m2rnn.backend=cpp", r"backend is 'cpp', expected one of 'reference', 'cpu'"),
+        ("model.mixer_options=8", r"model.mixer_options 8: expected names with options"),
+        ("model.mixer_options.m2rnn=8", r"model.mixer_options \{'m2rnn': 8\}: expected names with options"),
+        ("fsdp_bfloat16=true precision=float32", r"fsdp_bfloat16 True: expected false with precision float32"),
         ("seed=-1", r"seed -1: expected a whole number of at least 0"),
         ("batch_size=3", r"batch_size 3: expected a multiple of 2"),
     ],
 )
 def test_settings_that_cannot_work_are_named(tmp_path, data, override, message):
     with pytest.raises(SettingsError, match=message):
-        train(settings_of(data, override), tmp_path)
+        train(settings_of(data, *override.split()), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_numbers_are_numbers_with_and_without_a_dot(data):
+    settings = settings_of(data, "learning_rate=1e-3", "epsilon=1.0e-9", "model.rms_norm_eps=1e-4", "weight_decay=1e+2")
+    assert (settings.learning_rate, settings.epsilon, settings.weight_decay) == (1e-3, 1e-9, 100.0)
+    config = build_config(settings_of(data, "model.rms_norm_eps=1e-4", "model.embedding_range=1"), TokenDataset(data))
+    assert (config.rms_norm_eps, config.embedding_range) == (1e-4, 1.0)
+
+
+def test_the_planned_memory_of_attention_grows_with_the_context_alone(data):
+    def planned(context: int) -> float:
+        settings = settings_of(data, "preset=tiny-transformer", f"context={context}")
+        return memory_per_process(settings, build_config(settings, TokenDataset(data)), 1, False)["activations"]
+
+    assert planned(512) == pytest.approx(4 * planned(128), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H20", None),
+    ],
+)
+def test_the_peak_is_that_of_the_gpu_itself(name, peak):
+    assert peak_of(name) == peak
+
+
+def test_an_error_in_the_first_step_leaves_the_folder_to_other_settings(tmp_path, data, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointingTrainer, "compute_loss", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            train(settings_of(data), tmp_path)
+    train(settings_of(data, "context=12", "steps=2"), tmp_path)
+    assert len(log_of(tmp_path)) == 2
+
+
+def test_too_little_gpu_memory_is_one_line(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(CheckpointingTrainer, "compute_loss", out_of_memory)
+    done = CliRunner().invoke(app, ["train", *SETTINGS, "--data", data, "--out", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "m2rnn: CUDA out of memory: the same command goes on with a smaller micro_batch_size" in done.stderr
+    assert "Traceback" not in done.output
+
+
+def out_of_memory(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
