@@ -85,6 +85,8 @@ class SwappedMixer(nn.Module):
         conv = cache.get_conv_state(self.layer_idx)
         if self.m2rnn.conv is None or conv is None:
             return M2RNNState(recurrent, None)
+        if self.m2rnn.conv.width == 1:  # no past inputs: what the cache holds only marks it as filled
+            return M2RNNState(recurrent, conv.new_zeros(conv.shape[0], 0, self.m2rnn.conv.weight.shape[0]))
         return M2RNNState(recurrent, conv[..., 1 - self.m2rnn.conv.width :].transpose(1, 2))
 
     def _write(self, cache: Cache, state: M2RNNState) -> None:

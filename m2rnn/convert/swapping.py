@@ -22,6 +22,8 @@ from m2rnn.layers import M2RNN
 from m2rnn.training.display import Display
 
 RECORD = "m2rnn_swap"  # in config.json: the options of each swapped layer, by its number
+#: Arguments of ``from_pretrained`` that say where a model lies, and so where its config.json does
+WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def swap(
@@ -70,9 +72,13 @@ def swap(
     left = [i for i, kind in enumerate(config.layer_types) if kind == ATTENTION and i not in numbers]
     if not left:
         raise ValueError("one attention layer must stay: transformers' cache counts the tokens there")
+    if isinstance(calibration, Mapping):
+        raise ValueError("calibration must be a list of batches, got one batch: put it in a list")
     batches = None if calibration is None else [_as_inputs(batch) for batch in calibration]
     if batches == []:
         raise ValueError("calibration has no batches")
+    if steps < 0:
+        raise ValueError(f"steps must be at least 0, got {steps}")
     full = {layer: options_like(mixer_of(model, layer), options) for layer in sorted(numbers)}
     new = {layer: _new_layer(model, layer, full[layer]) for layer in full}
     for layer, m2rnn in new.items():
@@ -96,13 +102,13 @@ def load_swapped(path: str | Path, **kwargs: Any) -> PreTrainedModel:
 
     Args:
         path: its folder, or its name on the Hugging Face Hub.
-        **kwargs: of ``from_pretrained``, such as ``dtype`` and ``device_map``. Only safetensors are read, and no code
-            that comes with the model is run.
+        **kwargs: of ``from_pretrained``, such as ``dtype``, ``device_map`` and ``revision``. Only safetensors are read,
+            and no code that comes with the model is run.
 
     Raises:
         ValueError: if the model records no swap, or is of a class that transformers does not have.
     """
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, **{name: kwargs[name] for name in WHERE if name in kwargs})
     record = getattr(config, RECORD, None)
     if not record:
         raise ValueError(f"{path} records no swapped layers (config.json has no {RECORD!r}): use from_pretrained")
@@ -126,7 +132,12 @@ def load_swapped(path: str | Path, **kwargs: Any) -> PreTrainedModel:
 
 
 def _as_inputs(batch: Tensor | Mapping[str, Any]) -> dict[str, Any]:
-    return {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    if not isinstance(batch, Tensor) or batch.dim() != 2:
+        got = f"a tensor {list(batch.shape)}" if isinstance(batch, Tensor) else repr(batch)
+        raise ValueError(f"calibration's batches must be token ids [B, T] or keyword arguments of the model, got {got}")
+    return {"input_ids": batch}
 
 
 def _new_layer(model: PreTrainedModel, layer: int, options: Mapping[str, Any]) -> M2RNN:

@@ -100,6 +100,15 @@ def test_generation_with_the_cache_equals_that_without(family: str, mode: dict[s
 
 
 @FAMILIES
+@pytest.mark.parametrize("conv_size", [None, 1, 2, 7])
+def test_any_width_of_the_convolution_decodes(family: str, conv_size: int | None) -> None:
+    model, prompt = swapped(family, [0, ATTENTION], conv_size=conv_size), ids(length=5)
+    arguments = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(prompt, use_cache=False, **arguments)
+    assert torch.equal(model.generate(prompt, **arguments), expected)
+
+
+@FAMILIES
 def test_left_padded_rows_generate_what_each_alone_does(family: str) -> None:
     model, prompts, kept = swapped(family, [*RECURRENT[family], ATTENTION]), ids(3, 6), [6, 2, 4]
     mask = (torch.arange(6) >= 6 - torch.tensor(kept)[:, None]).long()
@@ -357,6 +366,10 @@ def test_errors_name_what_is_wrong_and_change_nothing() -> None:
         ([0], {"heads": 3}, "unexpected keyword argument 'heads'"),
         ([0], {"num_heads": 4, "num_q_heads": 3}, "num_q_heads must divide"),
         ([0], {"calibration": []}, "calibration has no batches"),
+        ([0], {"calibration": tokens}, r"must be token ids \[B, T\] or keyword arguments .*, got a tensor \[9\]"),
+        ([0], {"calibration": [[1, 2]]}, r"must be token ids \[B, T\] or keyword arguments .*, got \[1, 2\]"),
+        ([0], {"calibration": {"input_ids": tokens}}, "calibration must be a list of batches, got one batch"),
+        ([0], {"calibration": [tokens], "steps": -1}, "steps must be at least 0, got -1"),
     ):
         with pytest.raises(ValueError, match=message):
             m2rnn.swap(model, layers, **options)
@@ -370,6 +383,13 @@ def test_errors_name_what_is_wrong_and_change_nothing() -> None:
     )
     with pytest.raises(ValueError, match=r"does not know models of type 'llama', only qwen3_next, .*nemotron_h"):
         m2rnn.swap(llama, [0])
+
+
+def test_a_model_loads_from_a_subfolder(tmp_path: Path) -> None:
+    model = swapped("qwen3_5", [0], torch.float32)
+    model.save_pretrained(tmp_path / "inner")
+    loaded, tokens = load(tmp_path, "qwen3_5", subfolder="inner"), ids()
+    assert_close(loaded(tokens).logits, model(tokens).logits, torch.float32, "output")
 
 
 def test_load_swapped_refuses_what_swap_did_not_write(tmp_path: Path) -> None:
