@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from m2rnn.convert.checkpoint import CONFIG, DTYPES, Checkpoint, write_json, write_tensors
 from m2rnn.convert.lm_engine import MODEL_TYPE, OUR_FIELDS, ConversionError, config_to_ours, config_to_theirs
@@ -107,8 +108,9 @@ def convert(
         written, config, stored = _to_ours(checkpoint, mlp_layout)
     else:
         written, config, stored = _to_theirs(checkpoint, mlp_layout)
+    shapes = _shapes_of(config)
     rules = tensor_rules(config, stored)
-    _check_tensors(checkpoint, rules, config, to)
+    _check_tensors(checkpoint, rules, shapes, config, to)
 
     by_name = {rule.ours if to == "m2rnn" else rule.theirs: rule for rule in rules}
     sources = {name: rule.theirs if to == "m2rnn" else rule.ours for name, rule in by_name.items()}
@@ -186,6 +188,15 @@ def _direction(config: dict[str, Any], to: str | None) -> str:
 def _our_config(config: dict[str, Any]) -> M2RNNConfig:
     try:
         return M2RNNConfig.from_dict(dict(config))
+    except (ValueError, StrictDataclassError) as error:
+        raise ConversionError(f"config.json: {error}") from error
+
+
+def _shapes_of(config: M2RNNConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of the model's tensors; its layers refuse options that do not fit together."""
+    try:
+        with torch.device("meta"):
+            return {name: tuple(x.shape) for name, x in M2RNNForCausalLM(config).state_dict().items()}
     except ValueError as error:
         raise ConversionError(f"config.json: {error}") from error
 
@@ -232,10 +243,10 @@ def _dtype(checkpoint: Checkpoint, name: str) -> str:
     return str(DTYPES[checkpoint.dtypes.get(name, "F32")])[6:]
 
 
-def _check_tensors(checkpoint: Checkpoint, rules: list[TensorRule], config: M2RNNConfig, to: str) -> None:
+def _check_tensors(
+    checkpoint: Checkpoint, rules: list[TensorRule], shapes: dict[str, tuple[int, ...]], config: M2RNNConfig, to: str
+) -> None:
     """The source has exactly the model's tensors, in the model's shapes."""
-    with torch.device("meta"):
-        shapes = {name: tuple(x.shape) for name, x in M2RNNForCausalLM(config).state_dict().items()}
     expected = {rule.theirs if to == "m2rnn" else rule.ours: shapes[rule.ours] for rule in rules}
     assert {rule.ours for rule in rules} == shapes.keys() - ({"lm_head.weight"} if config.tie_word_embeddings else ())
     missing = [name for name in expected if name not in checkpoint.shapes]

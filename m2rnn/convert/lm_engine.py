@@ -55,6 +55,8 @@ class _Fields:
     """A part of lm-engine's configuration that must be understood whole: reads fields and reports those left over."""
 
     def __init__(self, where: str, fields: dict[str, Any]) -> None:
+        if not isinstance(fields, dict):
+            raise ConversionError(f"{where} must be an object in config.json, got {fields!r}")
         self.where, self.fields, self.left = where, fields, set(fields)
 
     def get(self, name: str, *default: Any) -> Any:
@@ -65,9 +67,15 @@ class _Fields:
 
     def number(self, name: str) -> int:
         value = self.get(name)
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConversionError(f"{self.where}: {name} must be a positive whole number, got {value!r}")
         return value
+
+    def real(self, name: str, default: float) -> float:
+        value = self.get(name, default)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ConversionError(f"{self.where}: {name} must be a number, got {value!r}")
+        return float(value)
 
     def only(self, name: str, *known: Any, default: Any = None) -> Any:
         value = self.get(name, default)
@@ -102,7 +110,7 @@ def config_to_ours(config: dict[str, Any]) -> dict[str, Any]:
     top.only("embedding_dropout", 0, default=0)
     top.only("rope_scaling", None)
     rotary = top.only("position_embedding_type", "nope", "rope", default="learned_absolute") == "rope"
-    rope_theta = float(top.get("rope_theta", 10000)) if rotary else None
+    rope_theta = top.real("rope_theta", 10000) if rotary else None
     rope_dim = top.get("rope_dim", None) if rotary else None
 
     mixer_blocks, mlp_blocks = top.get("sequence_mixer_blocks"), top.get("mlp_blocks")
@@ -113,6 +121,7 @@ def config_to_ours(config: dict[str, Any]) -> dict[str, Any]:
             raise ConversionError(f"config.json: {name} must list num_layers = {layers} blocks, got {got}")
 
     hidden_size = top.number("hidden_size")
+    top.number("vocab_size")  # taken as it is below
     mixers: list[tuple[str, dict[str, Any]]] = []
     mlps: list[tuple[str, dict[str, Any]]] = []
     for layer, (mixer, mlp) in enumerate(zip(mixer_blocks, mlp_blocks, strict=True)):
@@ -133,13 +142,17 @@ def config_to_ours(config: dict[str, Any]) -> dict[str, Any]:
         block.finish()
     fields = {ours: config[theirs] for theirs, ours in SAME_FIELDS.items() if theirs in config}
     fields["tie_word_embeddings"] = config.get("tie_word_embeddings", True)
-    fields["rms_norm_eps"] = config.get("layer_norm_epsilon", 1e-5)
+    fields["rms_norm_eps"] = top.real("layer_norm_epsilon", 1e-5)
     fields |= {"mixers": [name for name, _ in mixers], "mixer_options": _one_set_each("sequence_mixer", mixers)}
     return fields | {"mlps": [name for name, _ in mlps], "mlp_options": _one_set_each("mlp", mlps)}
 
 
 def _m2rnn_to_ours(block: _Fields) -> dict[str, Any]:
     options = {ours: block.get(theirs) for theirs, ours in M2RNN_FIELDS.items()}
+    for name in ("k_head_dim", "v_head_dim", *(f"num_{name}_heads" for name in ("q", "k", "v", "f", "weight"))):
+        block.number(name)
+    if options["conv_size"] is not None:
+        block.number("kernel_size")
     heads = max(options[f"num_{name}_heads"] for name in ("q", "k", "v", "f", "weight"))
     for name in ("num_f_heads", "num_g_heads"):
         if options[name] != heads:
@@ -151,9 +164,9 @@ def _m2rnn_to_ours(block: _Fields) -> dict[str, Any]:
     norm = block.only("normalization_function", "rmsnorm", None) is not None
     activation = "silu" if block.only("activation_function", "silu", "swish", None) else None
     ranges = {
-        "A_range": [float(block.get("A_init_min", 0)), float(block.get("A_init_max", 16))],
-        "dt_range": [float(block.get("dt_init_min", 0.001)), float(block.get("dt_init_max", 0.1))],
-        "dt_floor": float(block.get("dt_init_floor", 1e-4)),
+        "A_range": [block.real("A_init_min", 0), block.real("A_init_max", 16)],
+        "dt_range": [block.real("dt_init_min", 0.001), block.real("dt_init_max", 0.1)],
+        "dt_floor": block.real("dt_init_floor", 1e-4),
     }
     return {"num_heads": heads, **options, "activation": activation, "norm": norm, **ranges}
 
@@ -162,7 +175,7 @@ def _attention_to_ours(
     block: _Fields, hidden_size: int, rope_theta: float | None, rope_dim: int | None
 ) -> dict[str, Any]:
     heads, kv_heads = block.number("num_attention_heads"), block.number("num_key_value_heads")
-    head_dim = block.get("head_dim", None) or hidden_size // heads
+    head_dim = hidden_size // heads if block.get("head_dim", None) is None else block.number("head_dim")
     if head_dim * heads != hidden_size and block.fields.get("head_dim") is None:
         raise ConversionError(f"{block.where}: num_attention_heads = {heads} must divide hidden_size = {hidden_size}")
     if rope_dim not in (None, head_dim):

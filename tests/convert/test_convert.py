@@ -243,6 +243,28 @@ REFUSED = {
     ),
     "layer 1, mlp_blocks: add_bias = True": lambda c: c["mlp_blocks"][1].update(add_bias=True),
     "model_type 'llama': expected 'gpt_base'": lambda c: c.update(model_type="llama"),
+    "the model: vocab_size must be a positive whole number, got 0": lambda c: c.update(vocab_size=0),
+    "the model: layer_norm_epsilon must be a number, got 'small'": lambda c: c.update(layer_norm_epsilon="small"),
+    "config.json: Validation error for field 'tie_word_embeddings'": lambda c: c.update(tie_word_embeddings="no"),
+    "layer 0, sequence_mixer_blocks must be an object in config.json, got None": lambda c: c[
+        "sequence_mixer_blocks"
+    ].__setitem__(0, None),
+    "layer 1, mlp_blocks must be an object in config.json, got 'MLP'": lambda c: c["mlp_blocks"].__setitem__(1, "MLP"),
+    "layer 0, sequence_mixer_blocks: num_q_heads must be a positive whole number, got None": lambda c: c[
+        "sequence_mixer_blocks"
+    ][0].update(num_q_heads=None),
+    "layer 0, sequence_mixer_blocks: kernel_size must be a positive whole number, got 0": lambda c: c[
+        "sequence_mixer_blocks"
+    ][0].update(kernel_size=0),
+    "layer 0, sequence_mixer_blocks: A_init_max must be a number, got None": lambda c: c["sequence_mixer_blocks"][
+        0
+    ].update(A_init_max=None),
+    "config.json: num_q_heads must divide the number of heads (6), got 4": lambda c: [
+        block.update(num_q_heads=4) for block in c["sequence_mixer_blocks"] if "num_q_heads" in block
+    ],
+    "config.json: num_kv_heads (4) must divide num_heads (6)": lambda c: c["sequence_mixer_blocks"][1].update(
+        num_key_value_heads=4
+    ),
 }
 
 
