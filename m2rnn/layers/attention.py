@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2rnn.layers.packing import Packing
+from m2rnn.layers.packing import Packing, check_tokens
 from m2rnn.layers.projection import OutputProjection
 
 
@@ -135,6 +135,7 @@ class Attention(nn.Module):
         A ``StaticAttentionState`` takes a single token, in place. ``position_ids`` (``[B, T]`` or ``[1, T]``, packed
         like ``hidden``) only matter with ``rope_theta``; by default they count the tokens of each sequence from 0.
         """
+        check_tokens(hidden, state, packing)
         heads = self.in_proj(hidden)
         heads = heads.view(*hidden.shape[:2], self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         if packing is not None and state is None and not output_state and self._runs_packed(heads):

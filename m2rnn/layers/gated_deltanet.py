@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from m2rnn.layers.decay_gate import DecayGate
 from m2rnn.layers.m2rnn import M2RNNState, next_state
-from m2rnn.layers.packing import Packing
+from m2rnn.layers.packing import Packing, check_tokens
 from m2rnn.layers.projection import OutputProjection, project_parts
 from m2rnn.layers.short_conv import ShortConv, check_activation
 from m2rnn.ops.linear_scan import gated_delta_scan
@@ -108,6 +108,7 @@ class GatedDeltaNet(nn.Module):
         output_state: bool = True,
     ) -> tuple[Tensor, M2RNNState | None]:
         """Mix along time; arguments and results as in ``M2RNN.forward``."""
+        check_tokens(hidden, state, packing)
         qkv, logits, beta, g = project_parts(self.in_proj, hidden, self.proj_sizes)
         conv_state = None
         if self.conv is not None:

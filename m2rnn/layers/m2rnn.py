@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from m2rnn.layers.decay_gate import DecayGate
 from m2rnn.layers.initialize import initialize
-from m2rnn.layers.packing import Packing
+from m2rnn.layers.packing import Packing, check_tokens
 from m2rnn.layers.projection import OutputProjection, project_parts, project_token, runs_as_written
 from m2rnn.layers.short_conv import ShortConv, check_activation
 from m2rnn.ops import m2rnn_scan
@@ -193,7 +193,11 @@ class M2RNN(nn.Module):
         Returns:
             The output, of ``hidden``'s shape and dtype, and the state after the last token of each sequence. A
             ``StaticM2RNNState`` is updated in place by a single token without gradients, and otherwise left alone.
+
+        Raises:
+            ValueError: for tokens, state and packing that do not go together.
         """
+        check_tokens(hidden, state, packing)
         one_token = state is not None and packing is None and hidden.shape[1] == 1 and not torch.is_grad_enabled()
         if one_token and self._decodes_at_once():
             assert state is not None
@@ -222,7 +226,7 @@ class M2RNN(nn.Module):
             initial_state=None if state is None else state.recurrent,
             output_final_state=output_state,
             cu_seqlens=None if packing is None else packing.cu_seqlens,
-            check_offsets=packing is not None and packing.total != hidden.shape[1],
+            check_offsets=False,  # the packing's, which has checked them
             state_clip=self.state_clip,
             backend=self.backend,
         )

@@ -1,6 +1,7 @@
 """Where the tokens of several sequences lie: side by side in one packed row, or in the rows of a grid."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -110,3 +111,16 @@ class Packing:
             return packed.reshape(-1, self.width, *packed.shape[2:])
         grid = packed.new_full((self.rows * self.width, *packed.shape[2:]), value)
         return grid.index_copy(0, self.slots.to(grid.device), packed[0]).view(self.rows, self.width, *packed.shape[2:])
+
+
+def check_tokens(hidden: Tensor, state: Sequence[Tensor | None] | None, packing: Packing | None) -> None:
+    """Raise a ValueError unless these go together as the arguments of a mixer."""
+    if hidden.dim() != 3:
+        raise ValueError(f"hidden must be [B, T, hidden_size], got shape {tuple(hidden.shape)}")
+    if packing is not None and hidden.shape[:2] != (1, packing.total):
+        got = f"got shape {tuple(hidden.shape)}"
+        raise ValueError(f"with packing, hidden must be [1, {packing.total}, hidden_size], {got}")
+    sequences = hidden.shape[0] if packing is None else packing.rows
+    first = None if state is None else state[0]
+    if first is not None and first.shape[0] != sequences:
+        raise ValueError(f"state is of {first.shape[0]} sequences, but hidden is of {sequences}")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from m2rnn.layers.initialize import initialize
 from m2rnn.layers.m2rnn import M2RNNState, next_state
-from m2rnn.layers.packing import Packing
+from m2rnn.layers.packing import Packing, check_tokens
 from m2rnn.layers.projection import OutputProjection
 from m2rnn.layers.short_conv import ShortConv, check_activation
 from m2rnn.ops.rnn import rnn_scan
@@ -97,6 +97,7 @@ class RNN(nn.Module):
         output_state: bool = True,
     ) -> tuple[Tensor, M2RNNState | None]:
         """Mix along time; arguments and results as in ``M2RNN.forward``. The recurrent state is ``[B, N, V]``."""
+        check_tokens(hidden, state, packing)
         x, *others = self.in_proj(hidden).split(self.state_size, -1)
         conv_state = None
         if self.conv is not None:
@@ -110,7 +111,7 @@ class RNN(nn.Module):
             self.state_weight.split(self.num_heads),
             initial_state=None if state is None else state.recurrent,
             cu_seqlens=None if packing is None else packing.cu_seqlens,
-            check_offsets=packing is not None and packing.total != hidden.shape[1],
+            check_offsets=False,  # the packing's, which has checked them
             state_clip=self.state_clip,
             backend=self.backend,
         )

@@ -139,6 +139,27 @@ def test_state_is_batch_first(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MIXERS)
+def test_inputs_that_do_not_go_together_are_refused(name: str) -> None:
+    mixer, packing = make(name), Packing.from_cu_seqlens(torch.tensor([0, 2, 5]), 5)
+    _, state = mixer(tokens(3, 4))
+    for x, arguments, message in (
+        (tokens(4), (), rf"hidden must be \[B, T, hidden_size\], got shape \(4, {HIDDEN}\)"),
+        (
+            tokens(1, 6),
+            (None, packing),
+            rf"with packing, hidden must be \[1, 5, hidden_size\], got shape \(1, 6, {HIDDEN}\)",
+        ),
+        (tokens(2, 5), (None, packing), r"with packing, hidden must be \[1, 5, hidden_size\], got shape \(2, 5"),
+        (tokens(2, 4), (state,), "state is of 3 sequences, but hidden is of 2"),
+        (tokens(1, 1), (state,), "state is of 3 sequences, but hidden is of 1"),
+        (tokens(1, 5), (state, packing), "state is of 3 sequences, but hidden is of 2"),
+    ):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=message):
+                mixer(x, *arguments)
+
+
+@pytest.mark.parametrize("name", MIXERS)
 def test_no_state_is_made_when_none_is_wanted(name: str) -> None:
     mixer = make(name)
     hidden = tokens(2, 3)
