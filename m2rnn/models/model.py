@@ -327,7 +327,6 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cu_seq_lens_q: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
@@ -339,9 +338,10 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
         Args:
             labels: ``[B, T]``, usually ``input_ids``: each token's logits predict the label of the next token
                 of its own sequence, whatever padding or packing lies between; -100 is ignored.
-            shift_labels: ``[B, T]``, instead of ``labels``: a token's logits predict the label in its place.
             num_items_in_batch: what to divide the summed loss by; default the number of labels.
             logits_to_keep: how many of the last time steps to compute logits for (0 for all), or which.
+            **kwargs: ``shift_labels`` ``[B, T]``, instead of ``labels``: a token's logits predict the label in its
+                place. Others are ignored, as in ``M2RNNModel.forward``.
 
         Returns:
             ``loss``, ``logits``, ``past_key_values`` (``cache`` since transformers 5.24), ``hidden_states``. While
@@ -350,6 +350,8 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
             contains ``config.router_aux_loss_coef · aux_loss``, times the part of ``num_items_in_batch`` that is
             labelled here; in evaluation it is the cross-entropy alone.
         """
+        # No argument of its own, since Trainer evaluates a loss only for batches that have all arguments named so
+        shift_labels: Tensor | None = kwargs.get("shift_labels")
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         cache = _one_cache(past_key_values, cache)
         packing = None

@@ -1,8 +1,11 @@
 """What training wraps around the model leaves its results as they are."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.func import functional_call, grad
+from transformers import Trainer, TrainingArguments
 
 from tests.models.small import CONFIGS, VOCAB, make
 from tests.tolerances import assert_close
@@ -98,3 +101,16 @@ def test_grad_transform_gives_the_same_gradients() -> None:
     expected = gradients(model, ids)
     for key, gradient in grad(loss)(parameters).items():
         assert_close(gradient, expected[key], torch.float64, "gradient", key)
+
+
+@pytest.mark.parametrize("name", ["hybrid", "moe"])
+def test_trainer_evaluates_the_loss_and_metrics_of_plain_labels(name: str, tmp_path: Path) -> None:
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(VOCAB, (4, 6))]
+    batch = torch.stack([row["input_ids"] for row in rows])
+    model, seen = make(name), []
+    expected = model(batch, labels=batch)
+    arguments = TrainingArguments(tmp_path, use_cpu=True, per_device_eval_batch_size=2, report_to=[])
+    trainer = Trainer(model, arguments, eval_dataset=rows, compute_metrics=lambda found: seen.append(found) or {})
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.loss.item())
+    assert_close(torch.as_tensor(seen[0].predictions), expected.logits, torch.float64, "output")
+    assert (seen[0].label_ids == batch.numpy()).all()
