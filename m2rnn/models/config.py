@@ -70,13 +70,17 @@ class M2RNNConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.mlps = self.mlps or ["swiglu"] * len(self.mixers)
+        self.check_layers()
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+
+    def check_layers(self) -> None:
+        """Raise the ValueErrors of the class for what the fields say now: they may have been changed since."""
         if not self.mixers or len(self.mixers) != len(self.mlps):
             raise ValueError(
                 f"mixers and mlps must name the same layers, got {len(self.mixers)} mixers and {len(self.mlps)} mlps"
             )
         _check_layers("mixer", self.mixers, self.mixer_options, MIXERS)
         _check_layers("mlp", self.mlps, self.mlp_options, MLPS)
-        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
     @property
     def num_hidden_layers(self) -> int:

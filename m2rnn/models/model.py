@@ -137,6 +137,7 @@ class M2RNNModel(M2RNNPreTrainedModel):
     """Embedding, blocks and final RMSNorm."""
 
     def __init__(self, config: M2RNNConfig) -> None:
+        config.check_layers()
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(M2RNNBlock(config, layer) for layer in range(config.num_hidden_layers))

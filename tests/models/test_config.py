@@ -38,6 +38,18 @@ def test_bad_option_values_are_refused_by_the_layer() -> None:
         M2RNNForCausalLM(M2RNNConfig(mixer_options={"m2rnn": {"num_heads": 4, "num_q_heads": 3}}))
 
 
+def test_fields_that_are_changed_later_are_checked_by_the_model() -> None:
+    for field, value, message in (
+        ("mixers", ["m2rnn"] * 5, "got 5 mixers and 4 mlps"),
+        ("mixers", ["m2rnn"] * 3 + ["lstm"], "unknown mixer 'lstm'"),
+        ("mixer_options", {"m2rnn": {"heads": 4}}, "mixer 'm2rnn' has no option 'heads'"),
+    ):
+        config = M2RNNConfig(vocab_size=8)
+        setattr(config, field, value)
+        with pytest.raises(ValueError, match=message):
+            M2RNNForCausalLM(config)
+
+
 def test_the_number_of_layers_may_be_given_too() -> None:
     assert M2RNNConfig(mixers=["m2rnn"] * 3, num_hidden_layers=3).num_hidden_layers == 3
 
