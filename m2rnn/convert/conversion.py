@@ -125,16 +125,17 @@ def convert(
         display.update(f"{done / 2**30:.2f} of {total / 2**30:.2f} GiB: {name}")
 
     copied = checkpoint.beside()
+    place = destination.resolve()  # of a link, what it names
     try:
-        with whole_folder(destination.with_name(destination.name + ".new")) as partial:
+        with whole_folder(place.with_name(place.name + ".new")) as partial:
             write_json(partial / CONFIG, written)
             files = write_tensors(partial, sizes, read, max_shard_size, progress)
             for path in copied:
                 shutil.copyfile(path, partial / path.name)
     except BaseException:
-        shutil.rmtree(destination.with_name(destination.name + ".new" + PARTIAL), ignore_errors=True)
+        shutil.rmtree(place.with_name(place.name + ".new" + PARTIAL), ignore_errors=True)
         raise
-    _put_in_place(destination)
+    _put_in_place(place)
     return Conversion(
         source=str(source),
         destination=str(destination),
@@ -154,6 +155,8 @@ def _check_destination(source: Path, destination: Path, force: bool) -> None:
         raise ConversionError(f"{destination} is the source: choose another folder")
     if destination.resolve() in source.resolve().parents or source.resolve() in destination.resolve().parents:
         raise ConversionError(f"{source} and {destination} lie in one another: choose another folder")
+    if Path.cwd().is_relative_to(destination.resolve()):
+        raise ConversionError(f"{destination} holds the current folder, which is not replaced: choose another")
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return
     if not force:

@@ -341,6 +341,27 @@ def test_folders_are_not_overwritten_by_mistake(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "ours", "theirs"]
 
 
+def test_the_folder_is_the_one_that_a_link_names_and_not_the_current_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = by_hand.config("M")
+    source = by_hand.save(tmp_path / "theirs", config, by_hand.random_tensors(config))
+    convert(source, tmp_path / "ours")
+    before = tensors_of(tmp_path / "ours")
+    (tmp_path / "link").symlink_to(tmp_path / "ours")
+    (tmp_path / "ours" / "mine").write_text("x")
+    convert(source, tmp_path / "link", force=True)
+    assert (tmp_path / "link").is_symlink()
+    assert not (tmp_path / "ours" / "mine").exists()
+    assert_same_bits(tensors_of(tmp_path / "ours"), before)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(ConversionError, match="holds the current folder, which is not replaced"):
+        convert(source, ".")
+    convert(source, "../relative/")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link", "ours", "relative", "theirs"]
+
+
 def test_nothing_is_left_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from m2rnn.convert import checkpoint
 
