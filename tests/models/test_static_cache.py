@@ -153,6 +153,15 @@ def test_a_token_beyond_the_cache_is_an_error_where_states_grow() -> None:
         generate(model := make("hybrid"), prompts(1), **{CACHE_NAME: static_cache(model, 6)})
 
 
+def test_inference_mode_may_come_and_go() -> None:
+    """Its tensors cannot be written to outside of it."""
+    model, ids = make(), prompts(2)
+    expected = generate(model, ids)
+    for mode in (True, False, True):
+        with torch.inference_mode(mode):
+            assert torch.equal(generate(model, ids, cache_implementation="static"), expected)
+
+
 def test_copies_and_pickles_of_a_model_generate() -> None:
     model, ids = make(), prompts(1)
     expected = generate(model, ids, cache_implementation="static")
