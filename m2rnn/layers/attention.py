@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from m2rnn.layers.packing import Packing, check_tokens
 from m2rnn.layers.projection import OutputProjection
+from m2rnn.layers.sizes import check_sizes
 
 
 class AttentionState(NamedTuple):
@@ -105,15 +106,14 @@ class Attention(nn.Module):
         rope_theta: float | None = None,
     ) -> None:
         super().__init__()
+        check_sizes(hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+        if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads ({num_kv_heads}) must divide num_heads ({num_heads})")
         if head_dim is None:
             if hidden_size % num_heads:
                 raise ValueError(f"num_heads ({num_heads}) must divide hidden_size ({hidden_size}), or give head_dim")
             head_dim = hidden_size // num_heads
-        if head_dim < 1:
-            raise ValueError(f"head_dim must be at least 1, got {head_dim}")
         if rope_theta is not None and (rope_theta <= 0 or head_dim % 2):
             raise ValueError(f"rope_theta ({rope_theta}) must be positive and head_dim ({head_dim}) even")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim

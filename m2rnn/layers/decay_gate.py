@@ -1,7 +1,8 @@
 """The forget gate: how much of the state a token keeps, one number per head."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,9 @@ class DecayGate(nn.Module):
         dt_floor: float = 1e-4,
     ) -> None:
         super().__init__()
+        for name, ends in {"A_range": A_range, "dt_range": dt_range}.items():
+            if not isinstance(ends, Sequence) or len(ends) != 2 or not all(isinstance(end, Real) for end in ends):
+                raise ValueError(f"{name} must be two numbers (low, high), got {ends!r}")
         if not 0 <= A_range[0] <= A_range[1] or A_range[1] < SMALLEST_A:
             raise ValueError(f"A_range must be (low, high) with 0 <= low <= high and high > 0, got {A_range}")
         if not 0 < dt_range[0] <= dt_range[1] or dt_floor <= 0:

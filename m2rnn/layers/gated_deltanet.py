@@ -9,6 +9,7 @@ from m2rnn.layers.m2rnn import M2RNNState, next_state
 from m2rnn.layers.packing import Packing, check_tokens
 from m2rnn.layers.projection import OutputProjection, project_parts
 from m2rnn.layers.short_conv import ShortConv, check_activation
+from m2rnn.layers.sizes import check_sizes
 from m2rnn.ops.linear_scan import gated_delta_scan
 
 NORM_EPS = 1e-6  # of the length of q and k, as in fla's kernels and in transformers
@@ -71,18 +72,15 @@ class GatedDeltaNet(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        check_sizes(
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            key_dim=key_dim,
+            value_dim=value_dim,
+            num_householder=num_householder,
+        )
         if num_heads is None:
-            num_heads = max(1, hidden_size // max(1, value_dim))
-        sizes = {
-            "hidden_size": hidden_size,
-            "num_heads": num_heads,
-            "key_dim": key_dim,
-            "value_dim": value_dim,
-            "num_householder": num_householder,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+            num_heads = max(1, hidden_size // value_dim)
         check_activation(activation)
 
         self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim

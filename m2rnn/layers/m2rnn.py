@@ -11,6 +11,7 @@ from m2rnn.layers.initialize import initialize
 from m2rnn.layers.packing import Packing, check_tokens
 from m2rnn.layers.projection import OutputProjection, project_parts, project_token, runs_as_written
 from m2rnn.layers.short_conv import ShortConv, check_activation
+from m2rnn.layers.sizes import check_sizes
 from m2rnn.ops import m2rnn_scan
 from m2rnn.ops.decode import decode_step
 
@@ -123,10 +124,7 @@ class M2RNN(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"hidden_size": hidden_size, "key_dim": key_dim, "value_dim": value_dim}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        check_sizes(hidden_size=hidden_size, key_dim=key_dim, value_dim=value_dim, num_heads=num_heads)
         if num_heads is None:
             num_heads = max(1, hidden_size // value_dim)
         counts = {
@@ -136,10 +134,11 @@ class M2RNN(nn.Module):
             "num_f_heads": num_heads if num_f_heads is None else num_f_heads,
             "num_weight_heads": num_heads if num_weight_heads is None else num_weight_heads,
         }
+        check_sizes(**counts, num_g_heads=num_g_heads)
         self.num_heads = max(counts.values())
         counts["num_g_heads"] = num_heads if num_g_heads is None else num_g_heads
         for name, count in counts.items():
-            if count < 1 or self.num_heads % count:
+            if self.num_heads % count:
                 raise ValueError(f"{name} must divide the number of heads ({self.num_heads}), got {count}")
         if weight_init not in ("identity", "normal"):
             raise ValueError(f"weight_init must be 'identity' or 'normal', got {weight_init!r}")

@@ -10,6 +10,7 @@ from m2rnn.layers.m2rnn import M2RNNState, next_state
 from m2rnn.layers.packing import Packing, check_tokens
 from m2rnn.layers.projection import OutputProjection, project_parts
 from m2rnn.layers.short_conv import ShortConv, check_activation
+from m2rnn.layers.sizes import check_sizes
 from m2rnn.ops.linear_scan import gated_linear_scan
 
 
@@ -69,17 +70,9 @@ class Mamba2(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        check_sizes(hidden_size=hidden_size, num_heads=num_heads, state_size=state_size, inner_size=inner_size)
         inner_size = 2 * hidden_size if inner_size is None else inner_size
         num_heads = max(1, inner_size // 64) if num_heads is None else num_heads
-        sizes = {
-            "hidden_size": hidden_size,
-            "num_heads": num_heads,
-            "state_size": state_size,
-            "inner_size": inner_size,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
         if inner_size % num_heads:
             raise ValueError(f"num_heads must divide inner_size ({inner_size}), got {num_heads}")
         check_activation(activation)

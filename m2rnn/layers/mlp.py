@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2rnn.layers.projection import OutputProjection
+from m2rnn.layers.sizes import check_sizes
 
 
 class SwiGLU(nn.Module):
@@ -17,10 +18,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int | None = None) -> None:
         super().__init__()
+        check_sizes(hidden_size=hidden_size, intermediate_size=intermediate_size)
         if intermediate_size is None:
             intermediate_size = -(-8 * hidden_size // (3 * 64)) * 64
-        if intermediate_size < 1:
-            raise ValueError(f"intermediate_size must be at least 1, got {intermediate_size}")
         self.in_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
         self.out_proj = OutputProjection(intermediate_size, hidden_size)
 

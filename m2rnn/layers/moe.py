@@ -10,6 +10,7 @@ from transformers.integrations.moe import use_experts_implementation
 
 from m2rnn.layers.initialize import initialize
 from m2rnn.layers.mlp import SwiGLU
+from m2rnn.layers.sizes import check_sizes
 
 
 class Routing(NamedTuple):
@@ -60,10 +61,15 @@ class MoE(nn.Module):
         z_loss: float = 0.0,
     ) -> None:
         super().__init__()
-        if not 1 <= num_experts_per_tok <= num_experts:
+        check_sizes(
+            hidden_size=hidden_size,
+            num_experts=num_experts,
+            num_experts_per_tok=num_experts_per_tok,
+            intermediate_size=intermediate_size,
+            shared_intermediate_size=shared_intermediate_size,
+        )
+        if num_experts_per_tok > num_experts:
             raise ValueError(f"num_experts_per_tok must be 1 to {num_experts} (num_experts), got {num_experts_per_tok}")
-        if intermediate_size < 1:
-            raise ValueError(f"intermediate_size must be at least 1, got {intermediate_size}")
         self.num_experts_per_tok, self.z_loss = num_experts_per_tok, z_loss
         self.router = Router(hidden_size, num_experts, bias=False)
         self.experts = Experts(

@@ -11,6 +11,7 @@ from m2rnn.layers.m2rnn import M2RNNState, next_state
 from m2rnn.layers.packing import Packing, check_tokens
 from m2rnn.layers.projection import OutputProjection
 from m2rnn.layers.short_conv import ShortConv, check_activation
+from m2rnn.layers.sizes import check_sizes
 from m2rnn.ops.rnn import rnn_scan
 
 
@@ -63,9 +64,7 @@ class RNN(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        for name, size in {"hidden_size": hidden_size, "num_heads": num_heads, "head_dim": head_dim}.items():
-            if size is not None and size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        check_sizes(hidden_size=hidden_size, num_heads=num_heads, head_dim=head_dim)
         check_activation(activation)
         self.num_heads = max(1, hidden_size // head_dim) if num_heads is None else num_heads
         self.head_dim, self.activation, self.gate = head_dim, activation, gate

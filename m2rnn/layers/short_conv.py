@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from m2rnn.layers.initialize import initialize
 from m2rnn.layers.packing import Packing
+from m2rnn.layers.sizes import check_sizes
 from m2rnn.ops.short_conv import is_fast, short_conv
 
 
@@ -27,8 +28,7 @@ class ShortConv(nn.Module):
 
     def __init__(self, channels: int, width: int = 4, activation: str | None = "silu", *, bias: bool = False) -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width must be at least 1, got {width}")
+        check_sizes(width=width)
         check_activation(activation)
         self.width = width
         self.activation = activation

@@ -171,6 +171,7 @@ def test_packed_attention_on_a_gpu_is_that_of_each_sequence(compiled: bool) -> N
         ({"num_heads": 5}, r"num_heads \(5\) must divide hidden_size \(12\)"),
         ({"num_heads": 4, "rope_theta": 100.0}, r"head_dim \(3\) even"),
         ({"num_heads": 4, "head_dim": 0}, "head_dim must be at least 1, got 0"),
+        ({"num_heads": 2.0}, "num_heads must be a whole number, got 2.0"),
     ],
 )
 def test_bad_options_are_refused(options: dict, message: str) -> None:

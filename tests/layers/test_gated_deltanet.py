@@ -110,6 +110,7 @@ def test_parameter_counts_are_those_of_the_published_models(hidden: int, heads: 
     [
         ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
         ({"key_dim": 0}, "key_dim must be at least 1, got 0"),
+        ({"value_dim": 0}, "value_dim must be at least 1, got 0"),
         ({"num_householder": 0}, "num_householder must be at least 1, got 0"),
         ({"activation": "relu"}, "activation must be 'silu' or None, got 'relu'"),
     ],

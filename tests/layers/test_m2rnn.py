@@ -118,7 +118,12 @@ def test_normal_W_has_variance_one_over_V() -> None:
     [
         ({"num_heads": 4, "num_q_heads": 3}, r"num_q_heads must divide the number of heads \(4\), got 3"),
         ({"num_heads": 4, "num_g_heads": 8}, r"num_g_heads must divide the number of heads \(4\), got 8"),
-        ({"num_heads": 0}, "num_v_heads"),
+        ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
+        ({"num_heads": 2.0}, "num_heads must be a whole number, got 2.0"),
+        ({"num_q_heads": "1"}, "num_q_heads must be a whole number, got '1'"),
+        ({"num_g_heads": 0}, "num_g_heads must be at least 1, got 0"),
+        ({"A_range": 3}, r"A_range must be two numbers \(low, high\), got 3"),
+        ({"dt_range": [0.1, 0.2, 0.3]}, r"dt_range must be two numbers \(low, high\), got \[0.1, 0.2, 0.3\]"),
         ({"key_dim": 0}, "key_dim must be at least 1, got 0"),
         ({"weight_init": "zero"}, "weight_init must be 'identity' or 'normal', got 'zero'"),
         ({"activation": "relu"}, "activation must be 'silu' or None, got 'relu'"),

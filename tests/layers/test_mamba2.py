@@ -86,6 +86,7 @@ def test_parameter_counts_are_those_of_the_published_models(
     [
         ({"num_heads": 3}, r"num_heads must divide inner_size \(64\), got 3"),
         ({"state_size": 0}, "state_size must be at least 1, got 0"),
+        ({"inner_size": "64"}, "inner_size must be a whole number, got '64'"),
         ({"inner_size": -64}, "inner_size must be at least 1, got -64"),
         ({"activation": "relu"}, "activation must be 'silu' or None, got 'relu'"),
     ],

@@ -111,6 +111,7 @@ def test_W_starts_as_asked(name: str) -> None:
     [
         ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
         ({"head_dim": 0}, "head_dim must be at least 1, got 0"),
+        ({"conv_size": 2.5}, "width must be a whole number, got 2.5"),
         ({"activation": "relu"}, "activation must be 'silu' or None, got 'relu'"),
         ({"conv_size": 0}, "width must be at least 1, got 0"),
     ],
