@@ -43,6 +43,7 @@ class SwappedMixer(nn.Module):
     def __init__(self, m2rnn: M2RNN, layer_idx: int) -> None:
         super().__init__()
         self.m2rnn, self.layer_idx = m2rnn, layer_idx
+        self.train(m2rnn.training)
 
     def forward(
         self,

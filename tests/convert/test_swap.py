@@ -209,7 +209,9 @@ def test_the_new_parameters_are_named_as_in_the_model(family: str) -> None:
     after = dict(model.named_parameters())
     assert {name for name, p in after.items() if id(p) not in before} == new.keys()
     assert all(after[name] is parameter for name, parameter in new.items())
+    replaced = {id(p) for p in mixer_of(model, ATTENTION).parameters()}
     more = m2rnn.swap(model, [ATTENTION], **OPTIONS)
+    assert not replaced & {id(p) for p in model.parameters()}
     assert not new.keys() & more.keys()
     assert m2rnn.swapped_parameters(model).keys() == new.keys() | more.keys()
     assert model.config.layer_types[ATTENTION] == "linear_attention"
@@ -247,6 +249,15 @@ def test_fitting_brings_the_new_layer_to_the_old_one(family: str) -> None:
         assert errors[0] == 1
         assert errors[1] < 0.99
         assert errors[2] < errors[1] - 0.01
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_model_keeps_its_mode_and_dtype(training: bool, calibrated: bool) -> None:
+    model = make("bamba", torch.bfloat16).train(training)
+    new = m2rnn.swap(model, [0], calibration=[ids()] if calibrated else None, steps=1)
+    assert {module.training for module in model.modules()} == {training}
+    assert {p.dtype for name, p in new.items() if "decay_gate" not in name} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5"])
