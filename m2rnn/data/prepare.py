@@ -38,6 +38,7 @@ from m2rnn.data.tokenizers import (
     save_tokenizer,
     tokenizer_hash,
     train_bpe,
+    vocab_size_of,
 )
 
 if TYPE_CHECKING:
@@ -45,6 +46,15 @@ if TYPE_CHECKING:
 
 NAMES = (tokens_name, checksums_name, documents_name)
 FILES = (TOKENIZER, PROGRESS, MANIFEST, *(name(split) for split in SPLITS for name in NAMES))
+# What a tokenizer is loaded from: its own file or older ones that it is converted from, and its special tokens.
+VERSIONED = (
+    TOKENIZER_FILE,
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 BLOCK_BYTES = 2**22
 SHOWN = 10  # rejected documents that the table names
 BYTES, BPE = "bytes", "train-bpe"
@@ -202,9 +212,14 @@ def _version(source: Files | HubDataset) -> dict[str, Any]:
 
 
 def _tokenizer_version(name: str) -> str | None:
-    """SHA-256 of a tokenizer's file on this machine."""
-    path = Path(name) / TOKENIZER_FILE if Path(name).is_dir() else Path(name)
-    return file_hash(path) if path.is_file() else None
+    """SHA-256 of a tokenizer's file on this machine, or of the files of its folder: they also say which id is eos."""
+    path = Path(name)
+    if name in (BYTES, BPE) or not path.exists():
+        return None
+    if path.is_file():
+        return file_hash(path)
+    files = [path / file for file in VERSIONED if (path / file).is_file()]
+    return hashlib.sha256("".join(f"{file.name}\0{file_hash(file)}\0" for file in files).encode()).hexdigest()
 
 
 def _make_tokenizer(
@@ -241,7 +256,7 @@ def _describe_tokenizer(settings: Settings, folder: Path) -> dict[str, Any]:
     return {
         "name": settings.tokenizer,
         "sha256": tokenizer_hash(folder),
-        "vocab_size": max(tokenizer.get_vocab().values()) + 1,
+        "vocab_size": vocab_size_of(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

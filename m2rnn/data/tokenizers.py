@@ -55,23 +55,41 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerBase
         initial_alphabet=list(_byte_characters().values()),
         show_progress=False,
     )
-    _interruptible(lambda: bpe.train_from_iterator(texts, trainer))
+    _interruptible(lambda texts: bpe.train_from_iterator(texts, trainer), texts)
     return _finished(bpe, use_regex=True)
 
 
-def _interruptible(work: Callable[[], None]) -> None:
-    """Do ``work`` in another thread: `tokenizers` blocks its own, and Ctrl-C would wait until it is done."""
+def _interruptible(work: Callable[[Iterator[str]], None], texts: Iterable[str]) -> None:
+    """``work(texts)`` in another thread: `tokenizers` blocks its own, and Ctrl-C would wait until it is done."""
     failures: list[BaseException] = []
+    stopped, was_read, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def until_stopped() -> Iterator[str]:
+        for text in texts:
+            if stopped.is_set():
+                break
+            yield text
+        was_read.set()
 
     def run() -> None:
         try:
-            work()
+            work(until_stopped())
         except BaseException as error:
             failures.append(error)
+        ended.set()
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join()
+    try:
+        threading.Thread(target=run, daemon=True).start()
+        while not ended.wait(0.1):  # not for good: a signal just before the wait does not end it
+            pass
+    except KeyboardInterrupt:
+        # A thread that calls Python at exit is ended inside of Rust, which aborts the process: let it read no more,
+        # and wait a little for the end of a short training. A long one is in Rust alone.
+        stopped.set()
+        while not was_read.is_set() and not ended.wait(0.01):
+            pass
+        ended.wait(0.5)
+        raise
     if failures:
         raise failures[0]
 
@@ -151,6 +169,11 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase | Path | str") -> str:
         content = json.loads(tokenizer.backend_tokenizer.to_str())
     content = {key: value for key, value in content.items() if key not in ("padding", "truncation")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def vocab_size_of(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """All ids are below it: more than there are if numbers are left out."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

@@ -101,6 +101,13 @@ def test_another_tokenizer_under_the_same_name_is_refused(tmp_path):
     wanted = Settings({"train": [str(tmp_path / "first")]}, Reading(glob="*.jsonl"), tokenizer=str(name))
     manifest = prepare(wanted, tmp_path / "second", processes=1)
     assert prepare(wanted, tmp_path / "second", processes=1) == manifest
+    config = name / "tokenizer_config.json"
+    before = config.read_text()
+    config.write_text(json.dumps(json.loads(before) | {"eos_token": "<|pad|>"}))
+    with pytest.raises(RunFolderError, match="tokenizer"):
+        prepare(wanted, tmp_path / "second", processes=1)
+    config.write_text(before)
+    assert prepare(wanted, tmp_path / "second", processes=1) == manifest
     train_bpe(many(50), 310).save_pretrained(name)
     for changed in (wanted, replace(wanted, tokenizer=str(name / "tokenizer.json"))):
         with pytest.raises(RunFolderError, match="tokenizer"):
@@ -184,6 +191,28 @@ def test_ctrl_c_stops_the_training_of_a_tokenizer(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train_bpe(texts_then_ctrl_c(), 300)
     assert time.monotonic() - started < 5
+
+
+def test_ctrl_c_while_a_tokenizer_is_trained_does_not_abort_python():
+    code = """if True:
+        import itertools, os, signal, sys, time
+        from m2rnn.data.tokenizers import train_bpe
+
+        def texts():
+            for number in itertools.count():
+                if number == 1000:
+                    os.kill(os.getpid(), signal.SIGINT)
+                if number > 1000:
+                    time.sleep(0.001)  # as a read from a slow disk: without the interpreter's lock
+                yield f"text {number}"
+
+        try:
+            train_bpe(texts(), 300)
+        except KeyboardInterrupt:
+            sys.exit(3)
+    """
+    done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (3, b"")
 
 
 @pytest.mark.parametrize("name", ["settings.json", "progress.json"])
