@@ -125,6 +125,7 @@ def complete(
         ValueError: for an empty prompt, if the tokenizer has neither bos nor eos to begin with.
     """
     ids = prompt_ids(tokenizer, prompt)
+    _check_ids(model, ids)
     model.check_length(len(ids) + settings.max_new_tokens)
     stream = _Stream(tokenizer, write)
     set_seed(settings.seed)
@@ -158,6 +159,8 @@ def complete_all(
     if out.is_dir():
         raise ValueError(f"{out} is a folder: expected a file to write")
     encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    for ids in encoded:
+        _check_ids(model, ids)
     model.check_length(max(map(len, encoded)) + settings.max_new_tokens)
     set_seed(settings.seed)
     began, tokens, longest = time.monotonic(), 0, 0
@@ -190,9 +193,11 @@ def _generate(
 ) -> Iterator[list[int]]:
     """What follows each prompt, its eos included, without what fills up the batch."""
     length = max(map(len, prompts))
-    ids = torch.full((len(prompts), length), _padding(tokenizer))
+    ids = torch.empty(len(prompts), length, dtype=torch.int64)
     mask = torch.zeros(len(prompts), length, dtype=torch.int64)
     for row, prompt in enumerate(prompts):  # on the right, where generate goes on
+        # Before it, a token of its own: some versions of transformers penalise the repetition of padding too.
+        ids[row, : length - len(prompt)] = prompt[0]
         ids[row, length - len(prompt) :] = torch.tensor(prompt)
         mask[row, length - len(prompt) :] = 1
     arguments = settings.arguments(model, tokenizer)
@@ -212,6 +217,14 @@ def _run(
     return made
 
 
+def _check_ids(model: LanguageModel, ids: Sequence[int]) -> None:
+    if max(ids) >= model.vocab_size:
+        raise ValueError(
+            f"{model.folder} has a vocabulary of {model.vocab_size:,} ids, and its tokenizer makes id {max(ids):,} of "
+            "the prompt: they do not belong together"
+        )
+
+
 def _text(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
     text = tokenizer.decode(ids, skip_special_tokens=True)
     assert isinstance(text, str)
@@ -220,6 +233,10 @@ def _text(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
     """The prompt as the tokenizer begins a text; for an empty one, bos or else eos."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # bytes of the command line that are no UTF-8, or JSON's escapes
+        raise ValueError(f"prompt {prompt[:40]!r}: not Unicode: half a surrogate pair at {error.start}") from None
     ids: list[int] = tokenizer(prompt)["input_ids"]
     if ids:
         return ids
@@ -242,7 +259,9 @@ def read_text(path: Path) -> str:
 def read_prompts(path: Path) -> list[str]:
     """The prompts in a file: the field ``prompt`` of JSON lines (``.jsonl``), or else one a line."""
     prompts = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    text = read_text(path)
+    # Lines end with "\n" alone: JSON lines and texts may hold what else splitlines() takes for an end.
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else (), 1):
         if path.suffix != ".jsonl":
             prompts.append(line)
         elif line.strip():

@@ -62,6 +62,17 @@ def test_a_batch_gives_each_prompt_its_own_completion(tmp_path, folder):
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_padding_is_not_penalised_as_a_repetition(tmp_path, folder):
+    model, tokenizer = loaded(folder)
+    settings = GenerationSettings(max_new_tokens=6, temperature=0, ignore_eos=True, repetition_penalty=50.0)
+    tokenizer.pad_token = None
+    first = greedy(model.model, list(b"x"), 1)[0]
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(first)  # which also pads
+    for batch in (1, 2):
+        complete_all(model, tokenizer, ["x", "one two three"], settings, batch, tmp_path / f"{batch}.jsonl")
+    assert (tmp_path / "1.jsonl").read_text() == (tmp_path / "2.jsonl").read_text()
+
+
 def test_a_completion_ends_with_eos(tmp_path):
     model, tokenizer = loaded(save(tmp_path, vocab_size=256))
     third = greedy(model.model, list(b"one"), 3)[2]
@@ -161,6 +172,11 @@ def test_prompts_come_from_json_lines_or_lines(tmp_path, folder):
     (tmp_path / "prompts.txt").write_text("one\ntwo\n")
     assert read_prompts(tmp_path / "prompts.jsonl") == ["one\ntwo", "x"]
     assert read_prompts(tmp_path / "prompts.txt") == ["one", "two"]
+    odd = "one\u2028two\x85three"  # ends of lines for Python, but not for JSON
+    (tmp_path / "odd.jsonl").write_text(json.dumps({"prompt": odd}, ensure_ascii=False) + "\n", encoding="utf-8")
+    (tmp_path / "odd.txt").write_text(f"{odd}\n\nx", encoding="utf-8")
+    assert read_prompts(tmp_path / "odd.jsonl") == [odd]
+    assert read_prompts(tmp_path / "odd.txt") == [odd, "", "x"]
     done = run(folder, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out.jsonl", "--max-new-tokens", 3)
     assert done.exit_code == 0, done.output
     assert done.stdout == ""
@@ -172,6 +188,9 @@ def test_prompts_come_from_json_lines_or_lines(tmp_path, folder):
         (tmp_path / "bad.jsonl").write_text(text)
         with pytest.raises(ValueError, match=r"bad\.jsonl"):
             read_prompts(tmp_path / "bad.jsonl")
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ValueError, match=r"empty\.txt holds no prompt"):
+        read_prompts(tmp_path / "empty.txt")
 
 
 @pytest.mark.parametrize(
@@ -207,6 +226,25 @@ def test_a_file_that_cannot_be_read_or_written_is_named(tmp_path, folder):
     ):
         done = run(folder, *options)
         assert (done.exit_code, done.stdout) == (2, "")
+        assert message in done.stderr
+
+
+def test_a_prompt_that_the_model_cannot_read_is_one_line(tmp_path, folder):
+    small = save(tmp_path / "small", "m2rnn", vocab_size=100)
+    (tmp_path / "prompts.txt").write_text("A\nx\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "x"}\n{"prompt": "\\ud800"}\n')
+    out = ["--out", tmp_path / "out.jsonl"]
+    for arguments, message in (
+        ([small, "one"], "a vocabulary of 100 ids, and its tokenizer makes id 111"),
+        (
+            [small, "--prompts", tmp_path / "prompts.txt", *out],
+            "a vocabulary of 100 ids, and its tokenizer makes id 120",
+        ),
+        ([folder, "one \udcff"], "prompt 'one \\udcff': not Unicode: half a surrogate pair at 4"),
+        ([folder, "--prompts", tmp_path / "prompts.jsonl", *out], "prompt '\\ud800': not Unicode"),
+    ):
+        done = run(*arguments)
+        assert (done.exit_code, done.stdout) == (2, ""), done.output
         assert message in done.stderr
 
 
