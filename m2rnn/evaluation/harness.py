@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from m2rnn.data.run_folder import RESULTS, run_folder, to_json, write_whole_file
+from m2rnn.data.tokenizers import vocab_size_of
 from m2rnn.evaluation.language_model import (
     LanguageModel,
+    check_model_folders,
     fingerprint,
     load_model,
     load_model_tokenizer,
@@ -105,6 +107,7 @@ def evaluate_tasks(
     display = display or Display()
     check_device(settings.device)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    check_model_folders(folders)
     names = short_names(folders)
     described = {
         **settings.identity(),
@@ -128,9 +131,10 @@ def _evaluate_model(name: str, folder: Path, settings: TaskSettings, out: Path, 
     tokenizer = load_model_tokenizer(folder)
     if tokenizer is None:
         raise ValueError(f"{folder} has no tokenizer: save it there (save_pretrained)")
-    if len(tokenizer) > model.vocab_size:
+    ids = vocab_size_of(tokenizer)
+    if ids > model.vocab_size:
         raise ValueError(
-            f"{folder} has a vocabulary of {model.vocab_size:,} ids, its tokenizer one of {len(tokenizer):,}: "
+            f"{folder} has a vocabulary of {model.vocab_size:,} ids, its tokenizer one of {ids:,}: "
             "they do not belong together"
         )
     manager, loaded = load_tasks(settings, folder)

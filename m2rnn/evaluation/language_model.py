@@ -66,9 +66,7 @@ def load_model(folder: Path, device: str, dtype: str = "auto") -> LanguageModel:
     Raises:
         ValueError: if there is no model, a weight is missing, or the device is not there.
     """
-    if not (folder / "config.json").is_file():
-        what = "has no config.json" if folder.is_dir() else "is no folder"
-        raise ValueError(f"{folder} {what}: expected a folder with a Hugging Face model (config.json and safetensors)")
+    check_model_folders([folder])
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     check_device(device)
@@ -93,6 +91,16 @@ def load_model(folder: Path, device: str, dtype: str = "auto") -> LanguageModel:
         )
     model = model.to(device).eval()
     return LanguageModel(folder, model, _plain_head(model))
+
+
+def check_model_folders(folders: Sequence[Path]) -> None:
+    """Raise ``ValueError`` for the first that holds no model, before hours go into the others."""
+    for folder in folders:
+        if not (folder / "config.json").is_file():
+            what = "has no config.json" if folder.is_dir() else "is no folder"
+            raise ValueError(
+                f"{folder} {what}: expected a folder with a Hugging Face model (config.json and safetensors)"
+            )
 
 
 def load_model_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":

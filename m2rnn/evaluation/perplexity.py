@@ -25,6 +25,7 @@ from m2rnn.evaluation import text as texts
 from m2rnn.evaluation import windows as layout
 from m2rnn.evaluation.language_model import (
     LanguageModel,
+    check_model_folders,
     check_segments,
     fingerprint,
     load_model,
@@ -55,7 +56,7 @@ class PerplexitySettings:
         contexts: tokens that a prediction may see at most; None for the whole document.
         windows: ``"sliding"``, one every ``stride`` tokens of a document, or ``"packed"``, all documents end to end
             and cut, as in training.
-        stride: of sliding windows; default half the context, and for whole documents all of it.
+        stride: of sliding windows; default half the context. a whole document is one window.
         train_length: longest sequence in training; with ``beyond``, the loss by position up to their product.
         beyond: how many times the training length.
         split: of a folder of token files; default validation, else test, else training text.
@@ -138,7 +139,7 @@ def measurements(text: Text, settings: PerplexitySettings) -> list[Measurement]:
         if settings.windows == "packed":
             windows, stride, name = layout.packed(text.ends, length), None, f"packed-{length}"
         else:
-            stride = settings.stride or (length if context is None else max(1, length // 2))
+            stride = length if context is None else settings.stride or max(1, length // 2)
             windows = layout.sliding(text.ends, length, stride)
             name = f"sliding-{'full' if context is None else context}-{stride}"
         found.append(Measurement(name, context, stride, windows))
@@ -179,6 +180,7 @@ def evaluate_perplexity(
     check_device(settings.device)
     if find_spec("matplotlib") is None:
         raise ValueError("the plots need matplotlib: pip install 'm2rnn[plot]'")
+    check_model_folders(folders)
     names = short_names(folders)
     described = {
         **settings.identity(),

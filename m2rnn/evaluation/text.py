@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m2rnn.data.sources import DataError, Files, Reading, Rejected, documents, find_source, pieces
-from m2rnn.data.token_files import MANIFEST, TokenDataset, read_manifest
-from m2rnn.data.tokenizers import token_dtype
+from m2rnn.data.token_files import MANIFEST, TokenDataset, read_manifest, tokens_name
+from m2rnn.data.tokenizers import token_dtype, vocab_size_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,7 +74,8 @@ class Text:
 
 
 def is_token_folder(path: Path) -> bool:
-    return (path / MANIFEST).is_file()
+    """Whether ``m2rnn prepare`` made it, finished or not."""
+    return (path / MANIFEST).is_file() or any(path.glob(tokens_name("*") + "*"))
 
 
 def choose_split(folder: Path, split: str | None) -> str:
@@ -112,7 +113,8 @@ def from_files(
     if not isinstance(found, Files):
         raise DataError(f"{source}: no such file or folder; prepare a dataset of the Hub with m2rnn prepare")
     bos, eos = _added_bos(tokenizer), tokenizer.eos_token_id
-    dtype = token_dtype(len(tokenizer))
+    vocab_size = vocab_size_of(tokenizer)
+    dtype = token_dtype(vocab_size)
     encode = _encoder(tokenizer)
     parts: list[NDArray[Any]] = []
     lengths: list[int] = []
@@ -144,7 +146,7 @@ def from_files(
         raise DataError(f"{source}: no text: every document is empty")
     marks = tuple(sorted({mark for mark in (bos, eos) if mark is not None}))
     ends = np.cumsum(lengths, dtype=np.int64)
-    return Text(np.concatenate(parts), ends, len(tokenizer), marks, num_bytes, bytes_of_tokens(tokenizer))
+    return Text(np.concatenate(parts), ends, vocab_size, marks, num_bytes, bytes_of_tokens(tokenizer))
 
 
 def _encoder(tokenizer: "PreTrainedTokenizerBase") -> Callable[[list[str]], list[list[int]]]:
@@ -166,7 +168,8 @@ def bytes_of_tokens(tokenizer: "PreTrainedTokenizerBase") -> NDArray[np.int64]:
     """How many bytes of UTF-8 each id stands for: exact for byte-level tokenizers; 0 for special tokens."""
     backend = tokenizer.backend_tokenizer
     added = backend.get_added_tokens_decoder()
-    byte_level = (json.loads(backend.to_str())["decoder"] or {}).get("type") == "ByteLevel"
+    decoder = json.loads(backend.to_str())["decoder"] or {}
+    byte_level = any(part.get("type") == "ByteLevel" for part in (decoder, *decoder.get("decoders", ())))
     vocabulary = backend.get_vocab(with_added_tokens=True)
     sizes = np.zeros(max(vocabulary.values(), default=-1) + 1, np.int64)
     for token, number in vocabulary.items():

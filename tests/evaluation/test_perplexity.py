@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
+from tokenizers import decoders
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM
 from typer.testing import CliRunner
 
@@ -254,6 +255,10 @@ def test_the_bytes_of_tokens_add_up_to_those_of_the_text(tokenizer):
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         assert bytes_of_tokens(tokenizer)[ids].sum() == len(text.encode())
     assert bytes_of_tokens(tokenizer)[tokenizer.all_special_ids].sum() == 0
+    expected = bytes_of_tokens(tokenizer)
+    backend = tokenizer.backend_tokenizer
+    backend.decoder = decoders.Sequence([backend.decoder, decoders.Fuse()])
+    np.testing.assert_array_equal(bytes_of_tokens(tokenizer), expected)
 
 
 def test_the_loss_by_position_averages_windows_of_one_length(tmp_path, model):
@@ -272,6 +277,36 @@ def test_the_loss_by_position_averages_windows_of_one_length(tmp_path, model):
         assert row["standard_error"] == pytest.approx(part.mean(1).std(ddof=1) / 2, rel=1e-5)
     assert [row["stop"] for row in found["buckets"]] == list(range(1, 33))
     assert imread(tmp_path / "out" / "loss-by-position.png").size
+
+
+def test_a_stride_is_for_windows_and_not_for_whole_documents(tmp_path, model, data):
+    found = only(evaluate(model, data, tmp_path / "out", contexts=(1024, None), stride=512))["contexts"]
+    assert [row["context"] for row in found] == [1024, None]
+    assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-6)  # no document is longer
+
+
+def test_a_model_that_is_not_there_is_named_before_another_is_evaluated(tmp_path, model, data):
+    with pytest.raises(ValueError, match="nothing is no folder"):
+        evaluate([model, tmp_path / "nothing"], data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_ids_may_leave_numbers_out(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1, "one": 2, "two": 299}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>")
+    data = write_texts(tmp_path / "texts.jsonl", ["one two one", "two two"])
+    for size in (300, 299):
+        folder = save(tmp_path / f"{size}", "m2rnn", None, vocab_size=size)
+        tokenizer.save_pretrained(folder)
+        if size == 300:
+            assert only(evaluate(folder, data, tmp_path / "out"))["contexts"][0]["tokens_scored"] == 5
+        else:
+            with pytest.raises(ValueError, match=r"a vocabulary of 299 ids, the tokenizer of .* one of 300"):
+                evaluate(folder, data, tmp_path / "refused")
 
 
 def test_joined_documents_are_read_as_one(tmp_path, model, data):
@@ -344,6 +379,7 @@ MISTAKES = {
     "no data": (["{model}", "--data", "{tmp}/nothing"], "no such file or folder"),
     "empty text": (["{model}", "--data", "{empty}"], "empty"),
     "only empty documents": (["{model}", "--data", "{blank}"], "every document is empty"),
+    "unfinished tokens": (["{model}", "--data", "{unfinished}"], "holds no finished token files"),
     "short context": (["{model}", "--data", "{data}", "--context", "1"], "context 1: expected"),
     "odd context": (["{model}", "--data", "{data}", "--context", "8,many"], "context '8,many'"),
     "context twice": (["{model}", "--data", "{data}", "--context", "8,8"], "context 8,8"),
@@ -378,6 +414,9 @@ def places(tmp_path_factory, model):
     places["empty"] = tmp / "empty.txt"
     places["empty"].write_text("")
     places["tokens"] = prepared(tmp / "prepared", TEXTS).folder
+    places["unfinished"] = shutil.copytree(places["tokens"], tmp / "unfinished")
+    (places["unfinished"] / "manifest.json").unlink()
+    (places["unfinished"] / "train.tokens.bin").rename(places["unfinished"] / "train.tokens.bin.partial")
     places["bare"] = save(tmp / "bare", "m2rnn", None)
     places["small"] = save(tmp / "small", make("m2rnn"))
     places["bpe"] = save(tmp / "bpe", "m2rnn", "bpe")
