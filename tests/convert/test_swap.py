@@ -318,6 +318,7 @@ def test_sizes_of_the_replaced_mixer_are_the_default_and_sizes_given_win(family:
     given = mixer_of(model, 1).m2rnn
     assert (given.num_heads, given.key_dim, given.value_dim) == (3, 64, 16)
     assert torch.equal(given.state_weight[0], torch.eye(16, dtype=torch.float64))
+    assert given.in_proj.weight.std().item() == pytest.approx(model.config.initializer_range, rel=0.05)
     with pytest.raises(ValueError, match="value_dim \\(3\\) must divide that of the replaced mixer"):
         m2rnn.swap(make(family), [0], value_dim=3)
 
