@@ -5,6 +5,7 @@ import time
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import torch
@@ -52,9 +53,9 @@ def track(
         if (folder / RESULTS).exists():
             return read_results(folder)
         trained = train(settings, folder, checkpoint_every=checkpoint_every, minutes=minutes, display=display)
-        if not (folder / MODEL).exists():
-            with whole_folder(folder / MODEL) as model_folder, no_progress_bars():
-                trained.model.save_pretrained(model_folder)
+        rmtree(folder / MODEL, ignore_errors=True)  # of a training that ``minutes`` ended, and that has gone on since
+        with whole_folder(folder / MODEL) as model_folder, no_progress_bars():
+            trained.model.save_pretrained(model_folder)
         results = evaluate(trained, settings, display)
         write_plot(folder / PLOT, [results])
         write_whole_file(folder / RESULTS, to_json(results))
