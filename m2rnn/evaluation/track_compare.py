@@ -44,12 +44,16 @@ def compare(
     for run in planned.values():
         check_can_run(run)
     display = display or Display()
-    options: dict[str, Any] = {"overwrite": overwrite, "checkpoint_every": checkpoint_every, "minutes": minutes}
+    options: dict[str, Any] = {"checkpoint_every": checkpoint_every, "minutes": minutes}
     with run_folder(folder, {**settings.as_json(), "mixer": list(mixers), "seed": list(seeds)}, overwrite):
+        if overwrite:  # all now: what an interrupted comparison has not come to would be in the way of going on with it
+            for name, run in planned.items():
+                with run_folder(folder / name, run.as_json(), overwrite):
+                    pass
         runs: dict[str, Results] = {}
         waiting = {}
         for name, run in planned.items():
-            if (folder / name / RESULTS).exists() and not overwrite:
+            if (folder / name / RESULTS).exists():
                 runs[name] = track(run, folder / name)
             else:
                 waiting[name] = partial(track, run, folder / name, **options)

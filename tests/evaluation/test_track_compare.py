@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -61,6 +62,21 @@ def test_a_comparison_survives_a_failed_run_and_goes_on_with_it_alone(tmp_path, 
     assert compare(SETTINGS, MIXERS, SEEDS, tmp_path) == whole
     with pytest.raises(RunFolderError, match="seed"):
         compare(SETTINGS, MIXERS, [0], tmp_path)
+
+
+def test_an_interrupted_comparison_that_overwrites_another_goes_on_without_overwriting(tmp_path, monkeypatch):
+    compare(SETTINGS, MIXERS, SEEDS, tmp_path)
+    other = replace(SETTINGS, steps=3)
+
+    def press_ctrl_c(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(track_compare, "side_by_side", press_ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            compare(other, MIXERS, SEEDS, tmp_path, overwrite=True)
+    results = compare(other, MIXERS, SEEDS, tmp_path)
+    assert [run["training"]["step"] for run in results["runs"].values()] == [3, 3, 3, 3]
 
 
 def result(mixer: str, seed: int, accuracy: float, outcome: str, steps: int) -> dict:
