@@ -20,7 +20,7 @@ def default_device() -> str:
 def check_device(device: str) -> None:
     """Raise `SettingsError` for a device that is not there."""
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # "meta" has tensors, but no numbers
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise SettingsError(f"device {device!r}: {reason}. Expected cpu, or cuda on a machine with a GPU") from error

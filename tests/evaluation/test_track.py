@@ -88,6 +88,23 @@ def test_the_score_is_that_of_the_test_split_in_batches_of_any_size(solved, monk
     assert whole.sequences == 50
 
 
+def test_the_model_is_the_one_tested_after_a_training_that_had_ended_by_minutes_went_on(tmp_path, monkeypatch):
+    tested = []
+
+    def press_ctrl_c(trained, *rest):
+        tested.append(trained.model)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tracking, "evaluate", press_ctrl_c)
+    for minutes in (0, None):
+        with pytest.raises(KeyboardInterrupt):
+            tracking.track(QUICK, tmp_path, minutes=minutes)
+    saved = M2RNNForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    weights = [[model.state_dict()[name] for name in saved] for model in tested]
+    assert not all(map(torch.equal, *weights))
+    assert all(map(torch.equal, saved.values(), weights[1]))
+
+
 def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     with pytest.raises(SettingsError, match="compare 'gru,gru'"):
@@ -98,8 +115,9 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, monkey
         compare(QUICK, ["gru"], [0], folder, jobs=0)
     with pytest.raises(SettingsError, match="mixer 'lstm'"):
         compare(TrackSettings(), ["gru", "lstm"], [0], folder)
-    with pytest.raises(SettingsError, match="device 'abacus'"):
-        tracking.track(TrackSettings(device="abacus"), folder)
+    for device in ("abacus", "meta"):
+        with pytest.raises(SettingsError, match=f"device '{device}'"):
+            tracking.track(TrackSettings(device=device), folder)
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     with pytest.raises(SettingsError, match=r"pip install 'm2rnn\[plot\]'"):
         tracking.track(QUICK, folder)
