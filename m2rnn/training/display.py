@@ -41,7 +41,9 @@ class Display(AbstractContextManager["Display"]):
         """Show ``text``, and ``details`` in lines below, in place of the last update; where that cannot be replaced,
         in one line, and only now and then."""
         if self._status is not None:
-            self._status.update("\n  ".join([text, *details]))
+            from rich.text import Text
+
+            self._status.update(Text("\n  ".join([text, *details])))  # a string's brackets would be rich's markup
         elif self._stream is not None and time.monotonic() >= self._next_line:
             self._write("; ".join([text, *details]))
             self._next_line = time.monotonic() + PLAIN_LINE_SECONDS

@@ -45,6 +45,14 @@ def test_runs_go_side_by_side_and_the_others_go_on_when_one_fails_or_dies(tmp_pa
     }
 
 
+def test_a_terminal_shows_brackets_as_they_are():
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    with Display(terminal) as display:
+        display.say("reading runs[2]/[/old]")
+    assert "reading runs[2]/[/old]" in terminal.getvalue()
+
+
 def test_a_run_whose_first_process_is_dead_stops_as_on_ctrl_c():
     ours, theirs = Pipe()
     relay = Relay(theirs)
