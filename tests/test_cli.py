@@ -144,6 +144,17 @@ def test_a_damaged_checkpoint_is_named_without_a_traceback(tmp_path):
     assert isinstance(result.exception, SystemExit)
 
 
+@pytest.mark.parametrize(("options", "again"), [([], ""), (["--overwrite"], " without --overwrite")])
+def test_ctrl_c_names_the_command_that_goes_on(tmp_path, monkeypatch, options, again):
+    def press_ctrl_c(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("m2rnn.evaluation.track.train", press_ctrl_c)
+    result = run("--out", tmp_path, *QUICK, *options)
+    assert result.exit_code == 130
+    assert f"interrupted; the same command{again} resumes the run in {tmp_path}" in result.stderr
+
+
 def test_other_settings_in_the_same_folder_need_overwrite(tmp_path):
     assert run("--out", tmp_path, *QUICK).exit_code == 0
     refused = run("--out", tmp_path, *QUICK, "--seed", 1)

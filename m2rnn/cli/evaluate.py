@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from m2rnn.cli.errors import out_of_memory, user_errors
-from m2rnn.cli.options import Device, Dtype, Field, Glob, Separator, line_ends
+from m2rnn.cli.options import Device, Dtype, Field, Glob, Separator, line_ends, same_command
 
 
 def evaluate(
@@ -84,7 +84,8 @@ def evaluate(
     from m2rnn.evaluation.perplexity_report import PLOTS, table
     from m2rnn.training.display import Display
 
-    with user_errors(ValueError, interrupted=f"interrupted; the same command goes on in {out}"), out_of_memory():
+    interrupted = f"interrupted; {same_command(overwrite)} goes on in {out}"
+    with user_errors(ValueError, interrupted=interrupted), out_of_memory():
         if (data is None) == (tasks is None):
             raise ValueError("expected one of --data, a text, and --tasks, benchmarks")
         of_data = {"stride": stride, "train_length": train_length, "split": split, "documents": documents}

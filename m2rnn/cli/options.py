@@ -21,6 +21,11 @@ RunFolder = Annotated[Path, typer.Option(help="Folder of the run; the same comma
 OverwriteRun = Annotated[bool, typer.Option(help="Delete the run in the folder and start anew.")]
 
 
+def same_command(overwrite: bool) -> str:
+    """What goes on with a run, for messages: ``--overwrite`` again would delete it again."""
+    return "the same command without --overwrite" if overwrite else "the same command"
+
+
 def line_ends(separator: str | None) -> str | None:
     r"""``--separator`` with ``\n`` typed as two characters made a line's end."""
     return None if separator is None else separator.replace("\\n", "\n")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from m2rnn.cli.errors import user_errors
-from m2rnn.cli.options import Field, Glob, Separator, line_ends
+from m2rnn.cli.options import Field, Glob, Separator, line_ends, same_command
 
 
 def prepare(
@@ -58,7 +58,7 @@ def prepare(
     from m2rnn.data.sources import DataError, Reading
     from m2rnn.training.display import Display
 
-    again = f"the same command goes on in {out}"
+    again = f"{same_command(overwrite)} goes on in {out}"
     with user_errors(DataError, interrupted=f"interrupted; {again}", once_mended=f". Once that is mended, {again}"):
         reading = Reading(
             field=field,

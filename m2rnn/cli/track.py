@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from m2rnn.cli.errors import fail, user_errors
-from m2rnn.cli.options import Device, OverwriteRun, RunFolder, numbers
+from m2rnn.cli.options import Device, OverwriteRun, RunFolder, numbers, same_command
 from m2rnn.training.track_settings import SettingsError, TrackSettings
 
 DEFAULT = TrackSettings()
@@ -91,7 +91,8 @@ def track(
     from m2rnn.training.track import DivergedError
 
     failures = (CheckpointError, DivergedError)
-    with user_errors(interrupted=f"interrupted; the same command resumes the run in {out}", failures=failures):
+    again = same_command(overwrite)
+    with user_errors(interrupted=f"interrupted; {again} resumes the run in {out}", failures=failures):
         settings = TrackSettings(
             group=group,
             inputs=inputs,  # type: ignore[arg-type] # checked by TrackSettings
@@ -131,7 +132,7 @@ def track(
     typer.echo(f"\nresults, models and plot: {out}")
     if failed:
         reasons = "".join(f"\n  {name}: {failure['reason']}" for name, failure in failed.items())
-        fail(f"{len(failed)} runs failed (more in results.json); the same command tries them again:{reasons}", 1)
+        fail(f"{len(failed)} runs failed (more in results.json); {again} tries them again:{reasons}", 1)
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:

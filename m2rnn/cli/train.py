@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from m2rnn.cli.errors import fail, memory_that_lacked
-from m2rnn.cli.options import OverwriteRun
+from m2rnn.cli.options import OverwriteRun, same_command
 from m2rnn.data.run_folder import RunFolderError
 from m2rnn.training.track_settings import SettingsError
 from m2rnn.training.train_settings import described, load_settings
@@ -63,6 +63,7 @@ def train(
     process = int(os.environ.get("RANK", "0"))
     is_first = process == 0
     name = "m2rnn: " if is_first else f"m2rnn: process {process}: "
+    again = same_command(overwrite)
 
     def end(message: str, exit_code: int) -> NoReturn:
         if is_first:
@@ -111,18 +112,18 @@ def train(
     except training.Stopped as stopped:
         why = "interrupted" if stopped.interrupted else f"stopped after {minutes:g} minutes"
         step = f"step {stopped.step:,} of {settings.steps:,} is saved"
-        end(f"{why}: {step}, and the same command goes on from it in {out}", 130 if stopped.interrupted else 0)
+        end(f"{why}: {step}, and {again} goes on from it in {out}", 130 if stopped.interrupted else 0)
     except KeyboardInterrupt:  # the second one
-        end_alone(f"{name}interrupted; the same command goes on from the last checkpoint in {out}", exit_code=130)
+        end_alone(f"{name}interrupted; {again} goes on from the last checkpoint in {out}", exit_code=130)
     except DataError as error:
         end_alone(f"{name}{error}", exit_code=2)
     except OSError as error:
-        end_alone(f"{name}{error}. Once that is mended, the same command goes on in {out}", exit_code=1)
+        end_alone(f"{name}{error}. Once that is mended, {again} goes on in {out}", exit_code=1)
     except Exception as error:
         lacked = memory_that_lacked(error)
         if lacked is not None:
             less = "a smaller micro_batch_size, checkpoint_activations=true or, on several GPUs, fsdp=true"
-            end_alone(f"{name}{lacked}: the same command goes on with {less}", exit_code=1)
+            end_alone(f"{name}{lacked}: {again} goes on with {less}", exit_code=1)
         if not training.is_distributed():
             raise
         end_alone(f"{traceback.format_exc()}{name}failed", exit_code=1)
