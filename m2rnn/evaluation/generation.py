@@ -127,7 +127,7 @@ def complete(
     ids = prompt_ids(tokenizer, prompt)
     _check_ids(model, ids)
     model.check_length(len(ids) + settings.max_new_tokens)
-    stream = _Stream(tokenizer, write)
+    stream = _Stream(tokenizer, ids, write)
     set_seed(settings.seed)
     began = time.monotonic()
     whole = torch.tensor([ids])
@@ -172,7 +172,7 @@ def complete_all(
             for prompt, ids, made in zip(
                 prompts[part], encoded[part], _generate(model, tokenizer, encoded[part], settings), strict=True
             ):
-                done = Completion(prompt, _text(tokenizer, made), len(ids), len(made))
+                done = Completion(prompt, _continuation(tokenizer, ids, made), len(ids), len(made))
                 file.write(json.dumps(asdict(done), ensure_ascii=False) + "\n")
                 tokens += len(made)
                 longest = max(longest, len(ids) + len(made))
@@ -229,6 +229,12 @@ def _text(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
     text = tokenizer.decode(ids, skip_special_tokens=True)
     assert isinstance(text, str)
     return text
+
+
+def _continuation(tokenizer: "PreTrainedTokenizerBase", prompt: list[int], ids: list[int]) -> str:
+    """The text of ``ids`` after the prompt: SentencePiece's decoders take the space before a text's first word away."""
+    before, whole = _text(tokenizer, prompt), _text(tokenizer, prompt + ids)
+    return whole[len(before) :] if whole.startswith(before) else _text(tokenizer, ids)
 
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
@@ -314,9 +320,11 @@ def _padding(tokenizer: "PreTrainedTokenizerBase") -> int:
 class _Stream(BaseStreamer):
     """Gets the prompt, then each token, from ``generate``; writes text as soon as its characters are complete."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", write: Write) -> None:
-        self._tokenizer, self._write = tokenizer, write
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", prompt: list[int], write: Write) -> None:
+        self._tokenizer, self._prompt, self._write = tokenizer, prompt, write
         self._decode = DecodeStream(skip_special_tokens=True)
+        said = "".join(self._step(token) for token in prompt)
+        self._held_back = _text(tokenizer, prompt).removeprefix(said)  # what looks like half a character
         self._prompt_seen = False
         self.ids: list[int] = []
         self.text = ""
@@ -329,12 +337,17 @@ class _Stream(BaseStreamer):
         self.first = self.first or time.monotonic()
         for token in value.flatten().tolist():
             self.ids.append(token)
-            self._say(self._decode.step(self._tokenizer.backend_tokenizer, token) or "")
+            if text := self._step(token):
+                self._say(text.removeprefix(self._held_back))
+                self._held_back = ""
 
     def end(self) -> None:
-        whole = _text(self._tokenizer, self.ids)
+        whole = _continuation(self._tokenizer, self._prompt, self.ids)
         if whole.startswith(self.text):  # the stream holds an incomplete character at the end back
             self._say(whole[len(self.text) :])
+
+    def _step(self, token: int) -> str:
+        return self._decode.step(self._tokenizer.backend_tokenizer, token) or ""
 
     def _say(self, text: str) -> None:
         self.text += text

@@ -227,6 +227,10 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
+def _dense(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
+
+
 def _launch(x: Tensor) -> tuple[int, int]:
     """Programs along time and along the channels."""
     batches, steps, channels = x.shape
@@ -244,7 +248,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor | Non
         divisor = _divisor(x, channels)
         with on_device_of(x):
             _forward_kernel[(spans * blocks,)](
-                x, weight.contiguous(), bias, y, starts, batches, steps, channels // divisor, x_batch, x_step,
+                x, weight.contiguous(), _dense(bias), y, _dense(starts),
+                batches, steps, channels // divisor, x_batch, x_step,
                 W=weight.shape[1], L=SEGMENT, R=ROWS, G=LOADS, C=CHANNELS, SILU=silu, FAST=NVIDIA,
                 X=x_divisor, A=divisor, num_warps=WARPS,
             )  # fmt: skip
@@ -264,7 +269,7 @@ def backward(
         divisor = _divisor(x, channels)
         with on_device_of(x):
             _backward_kernel[(spans * blocks,)](
-                dy, x, weight.contiguous(), bias, dx, partial, starts,
+                dy, x, weight.contiguous(), _dense(bias), dx, partial, _dense(starts),
                 batches, steps, channels // divisor, dy_batch, dy_step, x_batch, x_step,
                 W=taps, L=SEGMENT, R=ROWS, G=BACKWARD_LOADS, C=CHANNELS, SILU=silu, FAST=NVIDIA,
                 X=x_divisor, Y=dy_divisor, A=divisor, num_warps=WARPS,

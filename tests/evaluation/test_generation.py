@@ -5,7 +5,11 @@ import re
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.decoders import Metaspace as MetaspaceDecoder
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Metaspace
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from m2rnn import cli
@@ -104,11 +108,26 @@ def test_streamed_text_is_the_decoded_text_even_if_it_is_no_utf8(name):
     texts = [tokenizer(text)["input_ids"] for text in TEXTS]
     for ids in [*texts, [0xE6, 0xBC], [0xC3, 65, 0x80, 0x80], torch.randint(256, (200,)).tolist()]:
         pieces: list[str] = []
-        stream = _Stream(tokenizer, pieces.append)
+        stream = _Stream(tokenizer, [], pieces.append)
         for value in (torch.tensor([[1, 2]]), *(torch.tensor([token]) for token in ids)):
             stream.put(value)
         stream.end()
         assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("prompt", ["once", "once \N{REPLACEMENT CHARACTER}"])
+def test_a_completion_begins_with_the_space_between_it_and_the_prompt(prompt):
+    words = ["<s>", "▁once", "▁upon", "▁a", "▁\N{REPLACEMENT CHARACTER}"]
+    model = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<s>"))
+    model.pre_tokenizer, model.decoder = Metaspace(), MetaspaceDecoder()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>")
+    assert tokenizer.decode([2, 3]) == "upon a"
+    pieces: list[str] = []
+    stream = _Stream(tokenizer, tokenizer(prompt)["input_ids"], pieces.append)
+    for token in ([0], [2], [3]):
+        stream.put(torch.tensor(token))
+    stream.end()
+    assert "".join(pieces) == stream.text == " upon a"
 
 
 @pytest.mark.parametrize(
