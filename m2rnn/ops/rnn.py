@@ -15,6 +15,7 @@ from m2rnn.ops import rnn_reference
 from m2rnn.ops.scan import (
     DTYPES,
     choose_backend,
+    refuse_forward_mode,
     triton_is_interpreted,
     validate_clip,
     validate_offsets,
@@ -138,6 +139,7 @@ def _checked(
     device = xs[0].device.type
     if device != "meta" and torch.is_autocast_enabled(device) and state_dtype(*xs) != torch.float64:
         xs = [x.to(torch.get_autocast_dtype(device)) for x in xs]
+    refuse_forward_mode("rnn_scan or gru_scan", (*xs, *ws, initial_state))
     clip = None if state_clip is None else float(state_clip)
     y, final_state = torch.ops.m2rnn.vector_scan(xs, ws, initial_state, cu_seqlens, check_offsets, clip, backend)
     return y, final_state

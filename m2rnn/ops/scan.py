@@ -8,13 +8,14 @@ import importlib.util
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, library
+from torch.autograd import forward_ad
 
 from m2rnn.ops import cuda, reference
 from m2rnn.ops.shapes import (
@@ -138,10 +139,20 @@ def _apply(
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     inputs = (q, k, v, f, weight, initial_state)
+    refuse_forward_mode("m2rnn_scan", inputs)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    save = save and not torch.compiler.is_exporting()  # how many states depends on T, which an export leaves open
     clip = None if state_clip is None else float(state_clip)
     y, final_state, _ = torch.ops.m2rnn.scan(*inputs, cu_seqlens, check_offsets, clip, backend, save)
     return y, final_state
+
+
+def refuse_forward_mode(operator: str, inputs: Iterable[Tensor | None]) -> None:
+    """Raise if an input carries a tangent, as under ``torch.func.jvp``: the operators would drop it, and return 0."""
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError(
+            f"{operator} has no forward-mode derivative (torch.func.jvp and jacfwd): take torch.autograd.grad"
+        )
 
 
 def available_backends() -> dict[str, str | None]:
@@ -486,9 +497,8 @@ def _scan_backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _, state_clip, backend, _ = inputs
+    *tensors, _, ctx.state_clip, ctx.backend, ctx.has_saved = inputs
     ctx.save_for_backward(*tensors, output[2])
-    ctx.state_clip, ctx.backend = state_clip, backend
     ctx.set_materialize_grads(False)
 
 
@@ -496,6 +506,10 @@ def _autograd(ctx: Any, dy: Tensor | None, d_final: Tensor | None, _: Any) -> tu
     q, k, v, f, weight, initial_state, cu_seqlens, saved = ctx.saved_tensors
     if dy is None and d_final is None:
         return (None,) * 11
+    if not ctx.has_saved:  # an exported program, which was traced without, is differentiated
+        *_, saved = torch.ops.m2rnn.scan(
+            q, k, v, f, weight, initial_state, cu_seqlens, False, ctx.state_clip, ctx.backend, True
+        )
     *gradients, d_initial = torch.ops.m2rnn.scan_backward(
         dy, d_final, q, k, v, f, weight, initial_state, saved, cu_seqlens, ctx.state_clip, ctx.backend
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from m2rnn.ops.scan import triton_is_interpreted, why_unavailable
+from m2rnn.ops.scan import refuse_forward_mode, triton_is_interpreted, why_unavailable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 8  # taps at most: their sums, and the inputs that they see, live in registers
@@ -42,6 +42,7 @@ def short_conv(
         ValueError: A shape, dtype or device does not fit, or Triton's kernels cannot run here.
     """
     _validate(x, weight, bias, starts)
+    refuse_forward_mode("short_conv", (x, weight, bias))
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return torch.ops.m2rnn.short_conv(x, weight, bias, starts, silu)  # type: ignore[no-any-return]

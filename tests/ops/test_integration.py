@@ -149,6 +149,24 @@ def test_exported_program_equals_eager() -> None:
             assert_close(program(part), layer(part), torch.float32, "output")
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_exported_program_can_be_trained_at_any_length(grad: bool) -> None:
+    """As most export, with gradients wanted; and a program that was exported without them has the right ones too."""
+    layer = Layer()
+    x, _ = layer_inputs()
+    sizes = {1: torch.export.Dim("time", min=2, max=4096)}
+    with torch.set_grad_enabled(grad):
+        program = torch.export.export(layer, (x,), dynamic_shapes={"x": sizes}).module()
+    for part in (x, x.repeat(1, 20, 1)[:, :600]):  # beyond 512 steps the CPU's saved states are further apart
+        expected = layer(part)
+        output = program(part)
+        assert_close(output, expected, torch.float32, "output")
+        cotangent = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
+        gradients = _gradients(program, output, cotangent)
+        for name, gradient in _gradients(layer, expected, cotangent).items():
+            assert torch.equal(gradients[name], gradient), name
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("kind", ["fake", "meta"])
 def test_shapes_without_data(kind: str, case: Case, backend: str, device: str) -> None:
@@ -245,6 +263,27 @@ def test_a_second_derivative_is_right_or_refused(backend: str, device: str) -> N
 
     with pytest.raises(RuntimeError, match=r"(?i)autograd|differentiat|derivative|backward"):
         torch.autograd.grad(penalty(), inputs, allow_unused=True)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "f", "weight", "initial_state"])
+def test_forward_mode_is_refused(name: str, backend: str, device: str) -> None:
+    """A tangent that the kernels drop would be a derivative of zero."""
+    inputs = make_problem(Case(batch=2, time=1), device=device, grads=()).inputs
+    tangent = torch.ones_like(inputs[name])
+
+    def scan(x: Tensor) -> Tensor:
+        return m2rnn_scan(**{**inputs, name: x}, backend=backend)[0]
+
+    def step(x: Tensor) -> Tensor:
+        changed = {**inputs, name: x}
+        qkvf = (changed[n][:, 0] for n in "qkvf")
+        return m2rnn_step(*qkvf, changed["weight"], changed["initial_state"], backend=backend)[0]
+
+    for operator in (scan, step):
+        with pytest.raises(NotImplementedError, match="m2rnn_scan has no forward-mode derivative"):
+            torch.func.jvp(operator, (inputs[name],), (tangent,))
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jacfwd(scan)(inputs[name])
 
 
 def test_threads_that_share_the_operator_do_not_disturb_each_other(backend: str, device: str) -> None:

@@ -387,6 +387,19 @@ def test_a_second_derivative_is_refused() -> None:
 
 
 @pytest.mark.parametrize("matrices", SCANS)
+def test_forward_mode_is_refused(matrices: int) -> None:
+    """A tangent that the kernels drop would be a derivative of zero."""
+    inputs = [x.detach() for x in make(Case(matrices=matrices, initial=False)).inputs.values()]
+    for i, x in enumerate(inputs):
+
+        def scan(x: Tensor, i: int = i) -> Tensor:
+            return SCANS[matrices](*inputs[:i], x, *inputs[i + 1 :])[0]
+
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(scan, (x,), (torch.ones_like(x),))
+
+
+@pytest.mark.parametrize("matrices", SCANS)
 def test_autocast_casts_the_inputs_alone(matrices: int) -> None:
     problem = make(Case(matrices, time=20))
     with torch.autocast("cpu", torch.bfloat16):
