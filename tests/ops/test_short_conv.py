@@ -159,6 +159,18 @@ def test_many_programs_match_float64(case: Case) -> None:
     check(run(problem), problem)
 
 
+@runs_triton
+@pytest.mark.parametrize("layout", ["strided", "expanded"])
+def test_bias_and_starts_at_any_strides(layout: str) -> None:
+    """Views, as of a column or of one number for all channels: the kernels read numbers that lie side by side."""
+    problem = make(Case(lengths=(3, 9), bias=True))
+    assert problem.starts is not None
+    bias, starts = problem.inputs["bias"].detach(), torch.stack([problem.starts, problem.starts + 1], 1)[:, 0]
+    bias = lay_out(bias, "strided") if layout == "strided" else bias[:1].expand(5)
+    problem = replace(problem, inputs={**problem.inputs, "bias": bias.requires_grad_()}, starts=starts)
+    check(run(problem), problem)
+
+
 @on_gpu
 def test_the_same_bits_on_every_run() -> None:
     problem = make(LARGE[1])
@@ -280,6 +292,14 @@ def test_a_second_derivative_is_refused() -> None:
     (gradient,) = torch.autograd.grad(y.sum(), problem.inputs["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
         gradient.sum().backward()
+
+
+@runs_triton
+def test_forward_mode_is_refused() -> None:
+    """A tangent that the kernel drops would be a derivative of zero."""
+    inputs = [x.detach() for x in make(Case(time=2)).inputs.values()]
+    with pytest.raises(NotImplementedError, match="short_conv has no forward-mode derivative"):
+        torch.func.jvp(short_conv, tuple(inputs), tuple(map(torch.ones_like, inputs)))
 
 
 BAD = {
