@@ -42,15 +42,15 @@ def user_errors(
 
 
 @contextmanager
-def out_of_memory() -> Iterator[None]:
-    """End with one line where the GPU's memory is too small for the batch."""
+def out_of_memory(advice: str) -> Iterator[None]:
+    """End with one line, and ``advice``, where the GPU's memory is too small."""
     try:
         yield
     except RuntimeError as error:
         reason = memory_that_lacked(error)
         if reason is None:
             raise
-        fail(f"{reason}: the same command goes on with a smaller --batch or --segment", exit_code=1)
+        fail(f"{reason}: {advice}", exit_code=1)
 
 
 def memory_that_lacked(error: Exception) -> str | None:

@@ -85,7 +85,8 @@ def evaluate(
     from m2rnn.training.display import Display
 
     interrupted = f"interrupted; {same_command(overwrite)} goes on in {out}"
-    with user_errors(ValueError, interrupted=interrupted), out_of_memory():
+    advice = f"{same_command(overwrite)} goes on with a smaller --batch or --segment"
+    with user_errors(ValueError, interrupted=interrupted), out_of_memory(advice):
         if (data is None) == (tasks is None):
             raise ValueError("expected one of --data, a text, and --tasks, benchmarks")
         of_data = {"stride": stride, "train_length": train_length, "split": split, "documents": documents}

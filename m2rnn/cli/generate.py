@@ -56,7 +56,7 @@ def generate(
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    with user_errors(ValueError, interrupted="interrupted"), out_of_memory():
+    with user_errors(ValueError, interrupted="interrupted"), out_of_memory("expected a smaller --batch, or less text"):
         if sum(given is not None for given in (prompt, file, prompts)) > 1:
             raise ValueError("give one of a prompt, --file and --prompts")
         if (prompts is None) != (out is None):

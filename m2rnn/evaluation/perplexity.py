@@ -305,7 +305,7 @@ def score(
         The losses, the seconds it took and the tokens that were scored in them.
     """
     if not path.exists() or path.stat().st_size != 4 * len(text.tokens):
-        np.full(len(text.tokens), PENDING, np.float32).tofile(path)
+        write_whole_file(path, np.full(len(text.tokens), PENDING, np.float32).tobytes())
     losses: NDArray[np.float32] = np.memmap(path, "<f4", mode="r+", shape=(len(text.tokens),))
     began, scored, done = time.monotonic(), 0, 0
     for batch in batches(windows, settings.batch):
