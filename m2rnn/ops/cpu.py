@@ -9,7 +9,7 @@ import ctypes
 import math
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from m2rnn.ops import cpu_layout as layout
 from m2rnn.ops.cpu_code import kernel
+from m2rnn.ops.scan import IMPORTED_IN  # this module may be imported in a forked process first
 from m2rnn.ops.shapes import chunk_length, head_count, output_dtype, saved_states, state_dtype
 
 UNITS = 64  # pieces to cut the work into: enough for any laptop, and a fixed number keeps the bits the same
@@ -35,7 +36,6 @@ DTYPE_CODES = {
 
 
 _WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_IMPORTED_IN = os.getpid()
 
 
 @lru_cache(maxsize=1)
@@ -45,7 +45,7 @@ def _openmp() -> Callable[..., None] | None:
     Its threads spin for some milliseconds after each of PyTorch's operators, ready for the next: threads of our own
     would compete with them for the cores. Not in a forked process, which OpenMP's threads do not survive.
     """
-    if os.getpid() != _IMPORTED_IN:
+    if os.getpid() != IMPORTED_IN:
         return None
     for library in Path(torch.__file__).parent.glob("lib/libgomp*"):
         try:
@@ -66,12 +66,28 @@ if hasattr(os, "register_at_fork"):  # threads do not survive a fork
     os.register_at_fork(after_in_child=_openmp.cache_clear)
 
 
+def _wait_for(others: list[Future[None]]) -> None:
+    """Until all are done, whatever comes: Ctrl-C would free the memory that they read and write."""
+    interrupt = None
+    while not all(other.done() for other in others):
+        try:
+            wait(others)
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
+
+
 def _on_threads(threads: int, work: Callable[[], None]) -> None:
     """Call ``work`` on each of several threads, of which the caller's is one; raises what it raised on any."""
     parallel = _openmp()
     if parallel is None:
-        others = [_pool(threads - 1).submit(work) for _ in range(threads - 1)]
-        work()
+        others: list[Future[None]] = []
+        try:
+            others.extend(_pool(threads - 1).submit(work) for _ in range(threads - 1))
+            work()
+        finally:
+            _wait_for(others)
         for other in others:
             other.result()
         return

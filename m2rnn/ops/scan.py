@@ -31,6 +31,7 @@ from m2rnn.ops.shapes import (
 )
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+IMPORTED_IN = os.getpid()  #: the process that imported this; another one was forked from it
 _BACKENDS = ("reference", "cpu", "triton", "cuda")
 _PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "meta": ("reference",)}  # by device, the fastest first
 _TRITON_FIRST = _PREFERRED | {"cuda": ("triton", "cuda")}

@@ -112,3 +112,29 @@ def test_damaged_cache_file_is_not_loaded(damage: str, tmp_path: Path) -> None:
     content[1000] ^= 1
     path.write_bytes({"cut short": content[:700], "other bytes": content, "empty": b""}[damage])
     assert cpu_code._read(path) is None
+
+
+@needs_cpu
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_may_be_the_first_to_use_the_kernels() -> None:
+    """Only the parent ran PyTorch's OpenMP threads, which do not survive the fork: the child would wait forever."""
+    _child("""
+import os, time
+torch.set_num_threads(2)
+torch.ones(1000, 1000).sin()
+child = os.fork()
+if child == 0:
+    with torch.no_grad():
+        m2rnn_scan(*(x.repeat(4, *[1] * (x.dim() - 1)) for x in inputs[:4]), inputs[4], backend="cpu")
+    os._exit(0)
+for _ in range(600):
+    ended, status = os.waitpid(child, os.WNOHANG)
+    if ended:
+        break
+    time.sleep(0.1)
+else:
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    raise AssertionError("the child hangs")
+assert status == 0, status
+""")

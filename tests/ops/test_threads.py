@@ -1,6 +1,8 @@
 """The CPU kernels' threads: PyTorch's OpenMP threads, or a pool where there is no GNU OpenMP."""
 
+import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -36,3 +38,20 @@ def test_an_error_on_any_thread_reaches_the_caller(threads: str) -> None:
 
     with pytest.raises(ZeroDivisionError, match="on the other thread"):
         cpu._on_threads(2, work)
+
+
+def test_an_interrupt_waits_for_the_other_threads(threads: str) -> None:
+    """They read and write memory that the caller's exception frees."""
+    main, finished = threading.main_thread(), []
+
+    def work() -> None:
+        if threading.current_thread() is not main:
+            for _ in range(2):
+                time.sleep(0.2)
+                signal.pthread_kill(main.ident, signal.SIGINT)
+            time.sleep(0.2)
+            finished.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        cpu._on_threads(2, work)
+    assert finished
