@@ -126,7 +126,9 @@ def scan_backward(
     q_BTHK, k_BTHK, v_BTHV, f_BTH = (repeat_heads(x.to(dtype), heads) for x in (q, k, v, f))
     weight_HVV, dy_BTHV = repeat_heads(weight.to(dtype), heads, 0), dy.to(dtype)
     start = _zero_state(q, v, heads, cu_seqlens, dtype) if initial_state is None else initial_state.to(dtype)
-    d_start = torch.zeros_like(start) if d_final is None else d_final.to(dtype).clone()
+    d_start = start.new_zeros(start.shape)  # dense at any strides of the state, as PyTorch's compiler is told
+    if d_final is not None:
+        d_start.copy_(d_final)
     dq_BTHK, dk_BTHK, dv_BTHV, df_BTH = (torch.zeros_like(x) for x in (q_BTHK, k_BTHK, v_BTHV, f_BTH))
     dweight_HVV = torch.zeros_like(weight_HVV)
 

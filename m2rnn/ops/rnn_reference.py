@@ -96,9 +96,12 @@ def scan_backward(
     dtype = state_dtype(*inputs, *weights)
     weights_HVV = [weight.to(dtype) for weight in weights]
     start = _zero_state(inputs[0], cu_seqlens, dtype) if initial_state is None else initial_state.to(dtype)
-    d_start = torch.zeros_like(start) if d_final is None else d_final.to(dtype).clone()
-    d_inputs_BTHV = [torch.zeros_like(x, dtype=dtype) for x in inputs]
-    d_weights_HVV = [torch.zeros_like(weight) for weight in weights_HVV]
+    # Gradients are dense at any strides of what they are of, as PyTorch's compiler is told
+    d_start = start.new_zeros(start.shape)
+    if d_final is not None:
+        d_start.copy_(d_final)
+    d_inputs_BTHV = [x.new_zeros(x.shape, dtype=dtype) for x in inputs]
+    d_weights_HVV = [weight.new_zeros(weight.shape) for weight in weights_HVV]
 
     with torch.autocast(start.device.type, enabled=False):
         for n, (rows, steps) in enumerate(sequences_of(cu_seqlens)):

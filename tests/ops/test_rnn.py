@@ -378,6 +378,17 @@ def test_operators_are_registered_properly(matrices: int, kernel: str) -> None:
             )
 
 
+@pytest.mark.parametrize("matrices", SCANS)
+@_backends()
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
+def test_results_are_dense_at_any_strides(layout: str, matrices: int, kernel: str) -> None:
+    """As the fake kernels say: code of torch.compile stops where strides differ."""
+    for final in (True, False):
+        problem = make(Case(matrices, layout=layout, final=final), _device(kernel))
+        for name, x in run(problem, kernel).items():
+            assert x.is_contiguous(), name
+
+
 def test_a_second_derivative_is_refused() -> None:
     problem = make(Case())
     y, _ = gru_scan(**{name: x for name, x in problem.inputs.items() if name != "initial_state"})

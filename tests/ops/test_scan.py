@@ -192,6 +192,15 @@ def test_inputs_are_left_alone(layout: str, backend: str, device: str) -> None:
         assert torch.equal(x, before[name]), f"a result shares the memory of {name}"
 
 
+@pytest.mark.parametrize("final", [True, False])
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
+def test_results_are_dense_at_any_strides(layout: str, final: bool, backend: str, device: str) -> None:
+    """As the fake kernels say: code of torch.compile stops where strides differ."""
+    problem = make_problem(Case(batch=2, time=6, heads=(2, 2, 2, 2, 2), layout=layout, final=final), device=device)
+    for name, x in run(problem, backend).items():
+        assert x.is_contiguous(), name
+
+
 def test_results_of_nothing_do_not_share_the_initial_state(backend: str, device: str) -> None:
     """With no steps the final state equals the initial one, but is its own tensor."""
     problem = make_problem(Case(time=0, batch=2), device=device)
