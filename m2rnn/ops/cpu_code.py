@@ -92,8 +92,16 @@ def _cache_path(name: str, bits: int) -> Path:
     machine = [llvm.get_process_triple(), llvm.get_host_cpu_name(), _features()]
     sources = [path.read_text(encoding="utf-8") for path in _SOURCES]
     digest = hashlib.sha256("\0".join([*versions, *machine, *sources]).encode()).hexdigest()[:16]
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m2rnn"
-    return Path(os.environ.get("NUMBA_CACHE_DIR") or default) / f"cpu-{digest}" / f"{name}-{bits}.o"
+    return _cache_folder() / f"cpu-{digest}" / f"{name}-{bits}.o"
+
+
+def _cache_folder() -> Path:
+    if chosen := os.environ.get("NUMBA_CACHE_DIR"):
+        return Path(chosen)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m2rnn"
+    except RuntimeError:  # a user without a home, as in a container that runs under a bare number
+        return Path(os.devnull)  # no folder, so that writing fails and says what to set
 
 
 def _read(path: Path) -> bytes | None:

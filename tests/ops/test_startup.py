@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from m2rnn.ops import available_backends
+from m2rnn.ops.cuda import compiler
 
 needs_cpu = pytest.mark.skipif(
     available_backends().get("cpu", "no") is not None, reason="the cpu backend does not run here"
@@ -79,6 +80,69 @@ assert any("cache" in str(w.message) for w in caught), [str(w.message) for w in 
 """,
         NUMBA_CACHE_DIR=str(file / "below"),
     )
+
+
+# A user without a home, as in a container that runs under a bare number
+NO_HOME = """
+import os, pwd
+def unknown(user):
+    raise KeyError(user)
+pwd.getpwuid = unknown
+for name in ("HOME", "XDG_CACHE_HOME"):
+    os.environ.pop(name, None)
+"""
+
+
+@needs_cpu
+@pytest.mark.skipif(os.name != "posix", reason="homes are looked up elsewhere")
+@pytest.mark.parametrize("chosen", [True, False])
+def test_a_user_without_a_home_can_compile(chosen: bool, tmp_path: Path) -> None:
+    environment = {"NUMBA_CACHE_DIR": str(tmp_path) if chosen else ""}
+    _child(
+        NO_HOME
+        + f"""
+import numpy as np
+from m2rnn.ops import cpu
+from m2rnn.ops.cuda import compiler
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    y = cpu.tanh(np.ones(3))
+np.testing.assert_allclose(y, np.tanh(np.ones(3)), rtol=1e-15)
+assert any("NUMBA_CACHE_DIR" in str(w.message) for w in caught) is not {chosen}, [str(w.message) for w in caught]
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    assert compiler._cache_folder() is None
+assert "XDG_CACHE_HOME" in str(caught[0].message), caught[0].message
+""",
+        **environment,
+    )
+    assert chosen == any(tmp_path.rglob("apply_tanh-64.o"))
+
+
+def _cubin(folder: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    monkeypatch.setattr(compiler, "_cache_folder", lambda: folder)
+    monkeypatch.setattr(compiler, "_compile", lambda *_: b"code")
+    return compiler.cubin("forward", (), (9, 0))
+
+
+def test_cuda_kernels_in_the_cache_are_for_all_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _cubin(tmp_path, monkeypatch) == b"code"
+    (file,) = tmp_path.iterdir()
+    (plain := tmp_path / "plain").touch()
+    assert file.stat().st_mode == plain.stat().st_mode
+
+
+def test_a_cuda_cache_that_fails_is_announced_and_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder could be written when it was chosen; then the disk is full, or a file cannot be read."""
+    with pytest.warns(UserWarning, match="cannot write compiled CUDA kernels"):
+        assert _cubin(tmp_path / "gone", monkeypatch) == b"code"
+    _cubin(tmp_path, monkeypatch)
+    (file,) = tmp_path.iterdir()
+    file.unlink()
+    file.mkdir()
+    with pytest.warns(UserWarning, match="cannot write compiled CUDA kernels"):
+        assert _cubin(tmp_path, monkeypatch) == b"code"
+    assert list(tmp_path.iterdir()) == [file]  # nothing half written is left
 
 
 @needs_cpu

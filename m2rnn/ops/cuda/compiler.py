@@ -1,10 +1,12 @@
 """CUDA C++ to machine code: NVRTC through cuda-core, once for each source, set of macros and architecture on a disk."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
 import re
 import tempfile
+import uuid
 import warnings
 from functools import lru_cache
 from pathlib import Path
@@ -20,14 +22,25 @@ def cubin(name: str, macros: tuple[tuple[str, int], ...], capability: tuple[int,
     key = repr((source, macros, architecture, _versions()))
     folder = _cache_folder()
     path = None if folder is None else folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.cubin"
-    if path is not None and path.exists():
-        return path.read_bytes()
+    if path is not None:
+        with contextlib.suppress(OSError):  # it is not there, or another user's
+            return path.read_bytes()
     code = _compile(source, macros, architecture)
     if path is not None:
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(code)
-        os.replace(file.name, path)
+        _write(path, code)
     return code
+
+
+def _write(path: Path, code: bytes) -> None:
+    """Whole or not at all, since other processes may read and write the same file."""
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    try:
+        part.write_bytes(code)
+        part.replace(path)
+    except OSError as error:  # the disk is full, or the user's share of it
+        with contextlib.suppress(OSError):
+            part.unlink()
+        _warn(path.parent, error)
 
 
 def source_of(file: str) -> str:
@@ -67,15 +80,23 @@ def _installed(package: str) -> bool:
 
 @lru_cache
 def _cache_folder() -> Path | None:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m2rnn" / "cuda"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m2rnn" / "cuda"
+    except RuntimeError as error:  # a user without a home, as in a container that runs under a bare number
+        _warn("~/.cache/m2rnn/cuda", error)
+        return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        warnings.warn(
-            f"cannot write compiled CUDA kernels to {folder} ({error}): every process compiles them anew, which takes"
-            " some seconds. Set XDG_CACHE_HOME to a folder that can be written.",
-            stacklevel=2,
-        )
+        _warn(folder, error)
         return None
+
+
+def _warn(folder: Path | str, error: Exception) -> None:
+    warnings.warn(
+        f"cannot write compiled CUDA kernels to {folder} ({error}): every process compiles them anew, which takes"
+        " some seconds. Set XDG_CACHE_HOME to a folder that can be written.",
+        stacklevel=3,
+    )
