@@ -270,8 +270,11 @@ def _linear_chunks(
 
 
 def _sum_from_start(log_decay: Tensor) -> Tensor:
-    """Sums along the last dimension in float64: only their differences matter, which are much smaller."""
-    sums = log_decay.double()
+    """Sums along the last dimension in float64: only their differences matter, which are much smaller.
+
+    Decays to nothing, whatever their logarithm, are exp(-1000) = 0: beside -inf or 1e20 a sum keeps nothing else.
+    """
+    sums = log_decay.double().clamp(min=-1000.0)
     if not sums.is_cuda:
         return sums.cumsum(-1)
     shift = 1  # PyTorch's cumsum on a GPU has no fixed order, and refuses deterministic mode

@@ -182,6 +182,22 @@ def test_forgetting_at_once_keeps_the_precision_of_what_is_left(writes: int) -> 
         assert relative_error(one, other) < 2e-6
 
 
+@pytest.mark.parametrize("writes", [0, 1, 2])
+@pytest.mark.parametrize("nothing", [-1e5, -1e20, -torch.inf])
+def test_forgetting_everything_is_the_definition(nothing: float, writes: int) -> None:
+    """Outputs, states and gradients, where exp(g) is 0 whatever the g."""
+    case = Case((40,), writes=writes)
+    inputs = case.tensors()
+    with torch.no_grad():
+        inputs["log_decay"][:, [0, 7, 8, 33], 0] = nothing
+    actual, expected = case.scan(inputs), definition(case, inputs)
+    cotangents = [torch.randn_like(x) for x in expected]
+    ours = torch.autograd.grad(actual, list(inputs.values()), cotangents)
+    theirs = torch.autograd.grad(expected, list(inputs.values()), cotangents)
+    for one, other in zip([*actual, *ours], [*expected, *theirs], strict=True):
+        assert relative_error(one, other) < 1e-10
+
+
 def test_reflections_stay_bounded() -> None:
     """β = 2 with one key again and again turns the state around at every step; nothing may grow."""
     case = Case((256,), heads=1, decay=0.0)
