@@ -326,8 +326,9 @@ class _Output:
     def result(self) -> Tensor:
         if self.in_place:
             return self.buffer
-        total = self.buffer[0]
-        for slot in self.buffer[1:]:
+        first, *others = self.buffer
+        total: Tensor = first + others[0] if others else first  # not a view, which would keep the memory of all
+        for slot in others[1:]:
             total += slot
         return total.to(self.dtype)
 

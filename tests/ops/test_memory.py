@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from m2rnn.ops import available_backends
+from tests.ops.cases import Case, make_problem, run
 
 if not sys.platform.startswith("linux"):
     pytest.skip("reads /proc/self/statm", allow_module_level=True)
@@ -82,6 +83,14 @@ def test_cpu_saves_one_state_in_a_chunk() -> None:
     assert bound < every_state / 3, "the bound would not notice that every state is saved"
     assert train <= bound, f"{train / 2**20:.1f} MiB, bound {bound / 2**20:.1f}, all {every_state / 2**20:.1f}"
     assert infer <= 16 * STATE_BYTES + SLACK, f"{infer / 2**20:.1f} MiB"
+
+
+@pytest.mark.skipif(available_backends().get("cpu", "no") is not None, reason="the cpu backend does not run here")
+def test_cpu_results_hold_no_memory_but_their_own() -> None:
+    """What is a sum over parts is not a view of the first, which would keep all of them as long as it lives."""
+    problem = make_problem(Case(time=40, key=64, heads=(1, 1, 2, 2, 2)))
+    for name, x in run(problem, "cpu").items():
+        assert x.untyped_storage().nbytes() == x.nbytes, name
 
 
 def test_the_measurement_sees_saved_states() -> None:
