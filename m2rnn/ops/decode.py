@@ -209,7 +209,7 @@ def _decode_step_fake(
     projected: Tensor, state: Tensor, conv_state: Tensor | None, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     new_conv_state = projected.new_empty(0 if conv_state is None else conv_state.shape)
-    return _decode_step_fake_(projected, state, conv_state), torch.empty_like(state), new_conv_state
+    return _decode_step_fake_(projected, state, conv_state), state.new_empty(state.shape), new_conv_state
 
 
 @library.register_fake("m2rnn::decode_step_", lib=_LIBRARY)

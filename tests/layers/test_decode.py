@@ -281,6 +281,8 @@ def test_operators_are_registered_properly(device: str, conv: bool) -> None:
     ]  # fmt: skip
     library.opcheck(torch.ops.m2rnn.decode_step.default, order)
     library.opcheck(torch.ops.m2rnn.decode_step_.default, order)
+    order[1] = order[1].transpose(1, 2).contiguous().transpose(1, 2)
+    library.opcheck(torch.ops.m2rnn.decode_step.default, order)
     library.opcheck(
         torch.ops.m2rnn.few_rows_linear.default, (torch.randn(2, 16, device=device), torch.randn(5, 16, device=device))
     )
