@@ -144,6 +144,19 @@ def test_a_damaged_checkpoint_is_named_without_a_traceback(tmp_path):
     assert isinstance(result.exception, SystemExit)
 
 
+@pytest.mark.parametrize("options", [[], ["--seeds=0"]])
+def test_damaged_results_are_named_and_written_again_once_deleted(tmp_path, options):
+    first = run("--out", tmp_path, *QUICK, *options)
+    results = (tmp_path / "m2rnn/seed-0" if options else tmp_path) / "results.json"
+    results.write_text("{")
+    refused = run("--out", tmp_path, *QUICK, *options)
+    assert refused.exit_code == 2
+    assert f"{results} is damaged" in refused.stderr
+    results.unlink()
+    again = run("--out", tmp_path, *QUICK, *options)
+    assert again.stdout.splitlines()[-5:] == first.stdout.splitlines()[-5:]
+
+
 @pytest.mark.parametrize(("options", "again"), [([], ""), (["--overwrite"], " without --overwrite")])
 def test_ctrl_c_names_the_command_that_goes_on(tmp_path, monkeypatch, options, again):
     def press_ctrl_c(*_, **__):

@@ -1,6 +1,5 @@
 """``m2rnn track``: train on a word problem, measure accuracy by length and position, plot it."""
 
-import json
 import time
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -14,6 +13,7 @@ from m2rnn.data.run_folder import (
     MODEL,
     PLOT,
     RESULTS,
+    read_json,
     run_folder,
     to_json,
     whole_folder,
@@ -71,8 +71,7 @@ def check_can_run(settings: TrackSettings) -> None:
 
 
 def read_results(folder: Path) -> Results:
-    results: Results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    return results
+    return read_json(folder / RESULTS, "delete it, and the same command writes it again")
 
 
 def evaluate(trained: TrainingResult, settings: TrackSettings, display: Display) -> Results:
