@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from benchmarks.state_tracking_results import runs_in
 from m2rnn.data.run_folder import RunFolderError, run_folder
 from m2rnn.evaluation import track_compare
 from m2rnn.evaluation.track_compare import compare
@@ -77,6 +78,12 @@ def test_an_interrupted_comparison_that_overwrites_another_goes_on_without_overw
             compare(other, MIXERS, SEEDS, tmp_path, overwrite=True)
     results = compare(other, MIXERS, SEEDS, tmp_path)
     assert [run["training"]["step"] for run in results["runs"].values()] == [3, 3, 3, 3]
+
+
+def test_the_table_of_the_docs_leaves_out_the_seeds_of_a_comparison_that_was_overwritten(tmp_path):
+    compare(SETTINGS, ["gru"], [0, 3], tmp_path)
+    results = compare(replace(SETTINGS, steps=3), ["gru"], [3], tmp_path, overwrite=True)
+    assert runs_in(tmp_path) == list(results["runs"].values())
 
 
 def result(mixer: str, seed: int, accuracy: float, outcome: str, steps: int) -> dict:
