@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import os
+import threading
 import uuid
 import warnings
 from collections.abc import Callable
@@ -27,19 +28,21 @@ _SOURCES = [
 ]
 _CTYPES = {"n": ctypes.c_int64, "t": ctypes.c_void_p, "x": ctypes.c_void_p, "d": ctypes.c_double}
 _DIGEST_BYTES = 32
+_COMPILING = threading.Lock()  # else threads that come first together compile the same, each for itself
 
 
 @lru_cache
 def kernel(name: str, bits: int) -> Callable[..., None]:
     """One of ``KERNELS`` for a state of float32 or float64 numbers; arrays are passed as addresses."""
-    path = _cache_path(name, bits)
-    code = _read(path)
-    if code is None:
-        code = _compile(name, bits)
-        _write(path, code)
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
-    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-    engine.finalize_object()
+    with _COMPILING:
+        path = _cache_path(name, bits)
+        code = _read(path)
+        if code is None:
+            code = _compile(name, bits)
+            _write(path, code)
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
+        engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        engine.finalize_object()
     # numba's calling convention: where to put the result and an exception, then the arguments; it returns a status
     signature = [ctypes.c_void_p, ctypes.c_void_p, *(_CTYPES[kind] for kind in KERNELS[name][1])]
     function = ctypes.CFUNCTYPE(ctypes.c_int32, *signature)(engine.get_function_address("kernel"))
@@ -53,8 +56,8 @@ def kernel(name: str, bits: int) -> Callable[..., None]:
     return call
 
 
-@lru_cache(maxsize=1)
 def _target_machine() -> Any:
+    """A new one: an engine owns its own, and frees it."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     return llvm.Target.from_default_triple().create_target_machine(
@@ -80,10 +83,10 @@ def _compile(name: str, bits: int) -> bytes:
     for other in module.functions:  # numba's wrappers for Python go
         if not other.is_declaration and other.name != "kernel":
             other.linkage = "internal"
-    passes = llvm.create_new_module_pass_manager()
+    passes, machine = llvm.create_new_module_pass_manager(), _target_machine()
     passes.add_global_dead_code_eliminate_pass()
-    passes.run(module, llvm.create_pass_builder(_target_machine(), llvm.create_pipeline_tuning_options()))
-    return bytes(_target_machine().emit_object(module))
+    passes.run(module, llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options()))
+    return bytes(machine.emit_object(module))
 
 
 def _cache_path(name: str, bits: int) -> Path:

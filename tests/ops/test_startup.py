@@ -179,6 +179,30 @@ def test_damaged_cache_file_is_not_loaded(damage: str, tmp_path: Path) -> None:
 
 
 @needs_cpu
+def test_threads_may_be_the_first_to_use_a_kernel_together() -> None:
+    """Each may load one, of which one is kept: those that are dropped take nothing of the others with them."""
+    _child("""
+import gc, threading
+import numpy as np
+from m2rnn.ops import cpu
+started = threading.Barrier(8)
+right = []
+def work(dtype):
+    x = np.linspace(-3, 3, 100, dtype=dtype)
+    started.wait()
+    right.append(np.allclose(cpu.tanh(x), np.tanh(x), rtol=1e-5))
+threads = [threading.Thread(target=work, args=(dtype,)) for dtype in (np.float32, np.float64) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+gc.collect()
+assert right == [True] * 8, right
+m2rnn_scan(*inputs, backend="cpu")
+""")
+
+
+@needs_cpu
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_may_be_the_first_to_use_the_kernels() -> None:
     """Only the parent ran PyTorch's OpenMP threads, which do not survive the fork: the child would wait forever."""
