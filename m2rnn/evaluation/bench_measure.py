@@ -139,10 +139,16 @@ def in_turns(
 
 
 def memory_in_child(contender: str, shape: Shape) -> int:
-    """Bytes by which a forward and backward pass raises a fresh process's peak, less its results."""
+    """Bytes by which a forward and backward pass raises a fresh process's peak, less its results.
+
+    Raises RuntimeError where that process fails: for want of memory, or of Linux's /proc.
+    """
     command = [sys.executable, "-m", __name__, contender, str(shape), str(torch.get_num_threads())]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = done.stderr.strip().rpartition("\n")[2]
+        raise RuntimeError(last or f"its process ended with status {done.returncode}")
     return int(done.stdout.split()[-1])
 
 

@@ -3,6 +3,8 @@
 import csv
 import importlib.metadata
 import json
+import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -380,6 +382,18 @@ def test_memory_of_the_reference_loop_is_that_of_its_states():
     shape = Shape(4, 200, 8, 16, 16)
     state = shape.batch * shape.state * 4
     assert 3 * shape.steps * state < memory_in_child("reference", shape) < 15 * shape.steps * state
+
+
+def test_what_was_timed_stands_where_its_memory_cannot_be_measured(tmp_path, monkeypatch):
+    """The process that measures it is killed for want of memory, or finds no /proc."""
+    bench = bench_op.Bench(tmp_path, "cpu", False, Display())
+    bench.effort = Effort(1, 1, 0.0)
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    entries = (("cpu", Shape(1, 4, 1, 4, 4)),)
+    (row,) = bench._measure(bench_op.Group("shapes", "forward + backward", entries), "")
+    assert row["ms"] > 0
+    assert row["extra_MiB"] is None
+    assert row["status"] == "memory not measured: its process ended with status 1"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
