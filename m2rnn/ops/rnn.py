@@ -57,10 +57,10 @@ def rnn_scan(
 
     Returns:
         ``(y, final_state)``: y ``[B, T, H, V]`` in the dtype of x; final_state ``[B or N, H, V]``, or None. The
-        state is float32 (float64 if any input is) whatever the inputs' dtype. The backward pass takes it from y,
-        rounded to y's dtype; that rounding does not add up over steps. All are differentiable once.
+        state is float64 if x or W is, else float32; an initial state of another dtype is cast. The backward pass takes
+        it from y, rounded to y's dtype; that rounding does not add up over steps. All are differentiable once.
 
-    Under autocast x is cast to its dtype; W and the state are not.
+    Under autocast x is cast to its dtype, unless it is float64; W and the state are not.
 
     Raises:
         ValueError: A shape, dtype, device or value does not fit, or the backend cannot run here.

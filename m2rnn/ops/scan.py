@@ -82,10 +82,11 @@ def m2rnn_scan(
 
     Returns:
         ``(y, final_state)``: y ``[B, T, H, V]`` in the dtype that q, k and v promote to; final_state
-        ``[B or N, H, K, V]``, or None. The state is float32 (float64 if any input is) whatever the inputs' dtype.
-        All are differentiable once.
+        ``[B or N, H, K, V]``, or None. The state is float64 if q, k, v, f or W is, else float32; an initial state of
+        another dtype is cast. All are differentiable once.
 
-    Under autocast q, k and v are cast to its dtype; f, W and the state are not, since a forget gate near 1 rounds to 1.
+    Under autocast q, k and v are cast to its dtype, unless one of them is float64; f, W and the state are not, since a
+    forget gate near 1 rounds to 1.
 
     Raises:
         ValueError: A shape, dtype, device or value does not fit, or the backend cannot run here.
@@ -136,7 +137,7 @@ def _apply(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     device = q.device.type
-    if q.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device) and state_dtype(q, k, v) != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     inputs = (q, k, v, f, weight, initial_state)

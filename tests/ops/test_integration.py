@@ -240,6 +240,20 @@ def test_autocast_with_mixed_inputs(backend: str, device: str) -> None:
     check(results, truth(case), case)
 
 
+@pytest.mark.parametrize("wide", ["q", "k", "v"])
+def test_autocast_leaves_float64_alone(wide: str, backend: str, device: str) -> None:
+    """As PyTorch's own: who passes float64 wants its precision."""
+    if backend == "cuda":
+        pytest.skip("not in float64")
+    inputs = make_problem(Case(time=9), device=device, grads=()).inputs
+    inputs[wide] = inputs[wide].double()
+    expected, _ = m2rnn_scan(**inputs, backend=backend)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y, _ = m2rnn_scan(**inputs, backend=backend)
+    assert y.dtype == torch.float64
+    assert torch.equal(y, expected)
+
+
 def test_changing_an_input_before_backward_is_an_error(backend: str, device: str) -> None:
     """Saved tensors are guarded: no silently wrong gradient."""
     inputs = {name: x.detach().clone() for name, x in make_problem(Case(time=9), device=device).inputs.items()}
