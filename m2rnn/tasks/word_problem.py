@@ -158,8 +158,8 @@ class WordProblem:
 
     A hash of its tokens assigns a sequence to train (3/4 of them), validation (1/8) or test (1/8), whatever
     the seed, so the splits never share a sequence. Where fewer than 256 different sequences of a length
-    exist, a split could be empty, so all splits draw from all of them: `splits_are_disjoint` tells. A short
-    sequence can be the beginning of a longer one in another split.
+    exist, a split could be empty, so all splits draw from all of them: `splits_are_disjoint` tells, also for batches of
+    the first few elements alone. A short sequence can be the beginning of a longer one in another split.
     """
 
     group: Group
