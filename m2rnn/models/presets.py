@@ -232,6 +232,10 @@ def state_tracking(mixer: str = "m2rnn", vocab_size: int = 6, **overrides: Any) 
 
 def _config(fields: dict[str, Any], overrides: dict[str, Any]) -> M2RNNConfig:
     """``fields`` with ``overrides``, which reach into single options of a layer."""
+    for name in overrides:
+        if name not in M2RNNConfig.__annotations__ and not hasattr(M2RNNConfig, name):
+            own = ", ".join(M2RNNConfig.__annotations__)
+            raise ValueError(f"unknown field {name!r} of M2RNNConfig; its own: {own}")
     merged = {**fields, **overrides}
     for field in ("mixer_options", "mlp_options"):
         names = [*fields[field], *overrides.get(field, {})]
@@ -262,7 +266,7 @@ def get(name: str, **overrides: Any) -> M2RNNConfig:
     ``mixer_options`` and ``mlp_options`` change the named options only.
 
     Raises:
-        ValueError: for an unknown name, listing the known ones.
+        ValueError: for an unknown name or field, listing the known ones.
     """
     if name not in _PRESETS:
         raise ValueError(f"unknown preset {name!r}; known: {', '.join(_PRESETS)}")

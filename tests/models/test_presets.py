@@ -235,6 +235,7 @@ def test_new_hybrid_is_one_pattern() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: presets.get("tiny-m2rnn", hiden_size=32), "unknown field 'hiden_size' of M2RNNConfig; .*hidden_size"),
         (lambda: presets.get("huge"), "unknown preset 'huge'; known: m2rnn-410m, gdn-410m"),
         (lambda: presets.state_tracking("lstm"), "no state-tracking model for mixer 'lstm'; there are 'm2rnn', 'gru'"),
         (lambda: presets.layers("MX"), "unknown letter 'X' in pattern 'MX'; known: M m2rnn, A attention"),
