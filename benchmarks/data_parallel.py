@@ -74,6 +74,8 @@ def main() -> None:
     parser.add_argument("--device", default=default_device(), choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, default=Path("runs/data-parallel"))
     arguments = parser.parse_args()
+    if arguments.device == "cpu" and arguments.preset is None:
+        parser.error("no GPU: give --preset, such as tiny-hybrid-m2rnn; the 410M model is for a GPU")
     if arguments.device == "cuda" and torch.cuda.device_count() < arguments.processes:
         parser.error(f"--processes {arguments.processes}: expected at most {torch.cuda.device_count()}, the GPUs here")
     models = {name: MODELS[name] for name in arguments.model or MODELS}

@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument("--device", default=default_device(), choices=["cpu", "cuda"])
     parser.add_argument("--csv", type=Path, default=Path("decode_length.csv"))
     arguments = parser.parse_args()
+    if arguments.device == "cpu" and arguments.model is None:
+        parser.error("no GPU: give --model, such as tiny-hybrid-m2rnn; the 410M models are for a GPU")
     contexts = arguments.context or CONTEXTS
     for name, value in (("batch", arguments.batch), ("tokens", arguments.tokens), ("context", min(contexts))):
         if value < (PROMPT if name == "context" else 1):

@@ -19,7 +19,10 @@ from m2rnn.evaluation.track_report import by_mixer, draw, spread
 
 def runs_in(comparison: Path) -> list[dict[str, Any]]:
     """The results of a comparison's runs, in the order in which its settings name mixers and seeds."""
-    settings = json.loads((comparison / "settings.json").read_text())
+    try:
+        settings = json.loads((comparison / "settings.json").read_text())
+    except OSError as error:
+        raise SystemExit(f"{comparison} holds no comparison of m2rnn track ({error.strerror})") from None
     # The folders of other seeds are those of a comparison that this one has overwritten.
     runs = [comparison / mixer / f"seed-{seed}" for mixer in settings["mixer"] for seed in settings["seed"]]
     return [json.loads(file.read_text()) for run in runs if (file := run / "results.json").exists()]

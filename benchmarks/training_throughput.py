@@ -50,6 +50,8 @@ def main() -> None:
     parser.add_argument("--device", default=default_device(), choices=["cpu", "cuda"])
     parser.add_argument("--csv", type=Path, default=Path("training_throughput.csv"))
     arguments = parser.parse_args()
+    if arguments.device == "cpu" and arguments.model is None:
+        parser.error("no GPU: give --model, such as tiny-hybrid-m2rnn; the 410M models are for a GPU")
     contexts = arguments.context or [4096, 16384]
     for context in contexts:
         if context < 1 or arguments.tokens % context:
