@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 Results = dict[str, Any]
 
+LABELS = 12  # that an axis has room for
+
 
 def table(run: Results) -> str:
     """Accuracy of one run by length, and a line on its training."""
@@ -101,6 +103,16 @@ def write_plot(path: Path, runs: Sequence[Results]) -> None:
     save_figure(figure, path)
 
 
+def _apart(lengths: Sequence[int]) -> list[str]:
+    """Labels of a logarithmic axis, empty where one would run into the label before it."""
+    labels, last = [], 0.0
+    for length in lengths:
+        fits = length >= last * (lengths[-1] / lengths[0]) ** (1 / LABELS)
+        labels.append(str(length) if fits else "")
+        last = length if fits else last
+    return labels
+
+
 def draw(axes: "Axes", runs: Sequence[Results], styles: Mapping[str, tuple[str, str]]) -> None:
     """The lines and bands of ``write_plot``, with the colour and marker of each mixer."""
     settings, chance = runs[0]["settings"], runs[0]["chance"]
@@ -125,7 +137,7 @@ def draw(axes: "Axes", runs: Sequence[Results], styles: Mapping[str, tuple[str, 
     axes.axhline(chance, color="0.5", linestyle=":", label=f"chance ({chance:.1%})")
     axes.axvline(settings["train_length"], color="0.5", linestyle="--", label="longest in training")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(settings["test_lengths"], [str(length) for length in settings["test_lengths"]])
+    axes.set_xticks(settings["test_lengths"], _apart(settings["test_lengths"]))
     axes.minorticks_off()
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

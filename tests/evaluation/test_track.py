@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM
 
 from m2rnn.evaluation import track as tracking
 from m2rnn.evaluation.track_compare import compare
+from m2rnn.evaluation.track_report import draw
 from m2rnn.models import M2RNNForCausalLM
 from m2rnn.training.track_settings import SettingsError, TrackSettings
 
@@ -122,3 +124,12 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, monkey
     with pytest.raises(SettingsError, match=r"pip install 'm2rnn\[plot\]'"):
         tracking.track(QUICK, folder)
     assert not folder.exists()
+
+
+def test_lengths_close_together_do_not_run_into_one_another():
+    lengths = (64, 100, 110, 120, 128, 256, 1024)
+    accuracy = {str(length): {"last_quarter": 1.0} for length in lengths}
+    settings = {"mixer": "m2rnn", "seed": 0, "train_length": 128, "test_lengths": lengths}
+    axes = Figure().subplots()
+    draw(axes, [{"settings": settings, "chance": 0.5, "accuracy": accuracy}], {"m2rnn": ("C0", "o")})
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["64", "100", "", "", "128", "256", "1024"]
