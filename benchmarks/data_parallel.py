@@ -1,6 +1,6 @@
 """Training over several GPUs beside one: is the loss the same, how much faster is it, how much memory does it take?
 
-    m2rnn prepare TEXT --tokenizer bpe --vocab-size 8192 --out data/bpe8k
+    m2rnn prepare TEXT --tokenizer train-bpe --vocab-size 8192 --out data/bpe8k
     python benchmarks/data_parallel.py --data data/bpe8k                          # one GPU, DDP and FSDP2, two models
     python benchmarks/data_parallel.py --data data/bpe8k --mode one --mode fsdp steps=24 batch_size=8 micro_batch_size=2
     python benchmarks/data_parallel.py --data DATA --device cpu --mode one --mode ddp --preset tiny-hybrid-m2rnn \\
