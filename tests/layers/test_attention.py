@@ -54,6 +54,13 @@ def test_given_positions_replace_the_count() -> None:
     assert (stretched - expected).norm() > 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rotary_positions_are_not_rounded_to_16_bits(dtype: torch.dtype) -> None:
+    x, positions = torch.randn(1, 3, 2, 8).to(dtype), torch.tensor([[257, 2049, 4099]])  # none of which bfloat16 has
+    rotated = attention.rotate(x, positions, 10000.0)
+    assert_close(rotated, attention.rotate(x.double(), positions, 10000.0), dtype, "output")
+
+
 def test_crop_forgets_the_last_tokens_of_each_sequence() -> None:
     layer = Attention(8, 2, rope_theta=10.0).double()
     lengths = [6, 3, 4]

@@ -32,6 +32,8 @@ def test_initial_ranges() -> None:
     gate = DecayGate(1000, A_range=(4, 4), dt_range=(1e-6, 1e-5), dt_floor=2e-4)
     assert torch.allclose(gate.A_log.exp(), torch.tensor(4.0))
     assert torch.allclose(F.softplus(gate.dt_bias), torch.tensor(2e-4), rtol=1e-3)
+    gate = DecayGate(1000, A_range=(0, 2e-4))
+    assert gate.A_log.exp().min() >= 0.99e-4  # a draw of 0 would have an infinite logarithm
 
 
 def test_parameters_stay_float32_in_a_16_bit_model() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from m2rnn.models.loss import LanguageModelHead, chunked_cross_entropy
+from m2rnn.models.loss import LanguageModelHead, chunked_cross_entropy, chunked_token_losses
 from tests.models.small import VOCAB, make
 from tests.tolerances import assert_close
 
@@ -71,6 +71,16 @@ def test_bfloat16_logits_are_reduced_in_float32() -> None:
     loss = chunked_cross_entropy(logits, labels, lambda h: h, 30, chunk_size=7)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(F.cross_entropy(logits.float(), labels).item(), rel=1e-6)
+
+
+def test_the_losses_of_tokens_from_bfloat16_logits_are_float32_without_gradients() -> None:
+    head, hidden = torch.nn.Linear(16, 50, bias=False).bfloat16(), torch.randn(9, 16).bfloat16()
+    labels = torch.randint(50, (9,))
+    losses = chunked_token_losses(hidden, labels, head, 50, chunk_size=4)
+    expected = F.cross_entropy(head(hidden).double(), labels, reduction="none").detach()
+    assert losses.dtype == torch.float32
+    assert not losses.requires_grad
+    assert_close(losses, expected, torch.float32, "output")
 
 
 def test_labels_are_shifted_by_one() -> None:
