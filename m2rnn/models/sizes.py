@@ -118,8 +118,7 @@ def state_after_one_token(mixer: nn.Module, hidden_size: int) -> dict[str, int]:
     """How many numbers each part of a mixer's state holds after one token of one sequence, by its name."""
     weight = next(mixer.parameters())
     _, state = mixer(torch.empty(1, 1, hidden_size, device=weight.device, dtype=weight.dtype))
-    parts = state._asdict()
-    return {name: part.numel() for name, part in parts.items() if part is not None and part.is_floating_point()}
+    return {name: part.numel() for name, part in state._asdict().items() if part is not None}
 
 
 def _count(module: Any) -> int:

@@ -41,12 +41,13 @@ def test_the_papers_state_is_a_third_of_gated_deltanets() -> None:
         ("hybrid-mamba2-410m", 21 * 1216 * 216 * 5 + 3 * 2 * 1001 * 1024),
         ("gru-7b", 0),
         ("hybrid-gdn-7b", 35 * 3 * 256 * 512 * 7 + 5 * 2 * 1001 * 1536),
+        ("state-tracking-gated_deltaproduct2", 3 * 16 * 32 * 11),
     ],
 )
 def test_training_work_follows_the_formula(name: str, mixing: int) -> None:
     config = presets.get(name)
     size = size_of(config, context=1000)
-    embedding = 100_352 * config.hidden_size
+    embedding = config.vocab_size * config.hidden_size
     assert size.training_flops == 3 * (2 * (size.active - embedding) + mixing)
 
 

@@ -163,6 +163,7 @@ BAD_STEP: dict[str, tuple[Callable[[], list[Any]], list[str]]] = {
         lambda: _step_arguments(state=torch.randn(1, 4, K, V)),
         ["state", "1, 4, 3, 4"],
     ),
+    "no state": (lambda: _step_arguments(state=None), ["state", "NoneType"]),
     "weight not square": (lambda: _step_arguments(weight=torch.randn(2, V, 5)), ["weight", "2, 4, 5"]),
 }
 
