@@ -54,9 +54,28 @@ def test_output_does_not_depend_on_whether_the_state_is_wanted(packed: bool) -> 
     assert torch.equal(y, conv(x, packing=packing)[0])
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_state_of_a_wider_dtype_is_cast(packed: bool) -> None:
+    """As a call under autocast takes it after one without."""
+    conv, x, state = ShortConv(3, 4), torch.randn(1, 7, 3), torch.randn(1 + packed, 3, 3).double()
+    packing = Packing.from_cu_seqlens(torch.tensor([0, 2, 7]), 7) if packed else None
+    for result, expected in zip(conv(x, state, packing), conv(x, state.float(), packing), strict=True):
+        assert result is not None
+        assert torch.equal(result, expected)
+        assert result.dtype == torch.float32
+
+
+def test_a_state_does_not_keep_all_inputs_alive() -> None:
+    conv, x = ShortConv(3, 4), torch.randn(2, 50, 3)
+    for state in (conv(x)[1], conv._last_inputs(x, None)):  # the second is what the fused kernels' caller takes
+        assert state is not None
+        assert torch.equal(state, x[:, -3:])
+        assert state.untyped_storage().nbytes() == state.nbytes
+
+
 @runs_triton
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-@pytest.mark.parametrize("lengths", [None, (2, 0, 5, 1, 33), ()], ids=str)
+@pytest.mark.parametrize("lengths", [None, (2, 0, 5, 1, 33), (1,), (0, 0), ()], ids=str)
 @pytest.mark.parametrize(("width", "bias"), [(4, False), (1, True)])
 def test_fused_kernels_give_the_output_states_and_gradients_of_pytorch(
     lengths: tuple[int, ...] | None, width: int, bias: bool, monkeypatch: pytest.MonkeyPatch
