@@ -251,7 +251,7 @@ def _scan(
         case "reference":
             with torch.no_grad():
                 y, final = rnn_reference.scan(inputs, weights, initial_state, cu_seqlens)
-            return y.clone(), final.clone()
+            return y, final.clone()
         case name:
             return _kernels(name).forward(inputs, weights, initial_state, cu_seqlens)  # type: ignore[no-any-return]
 

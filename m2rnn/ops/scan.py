@@ -407,7 +407,7 @@ def _scan(
         case "reference":
             with torch.no_grad():
                 y, final = reference.scan(q, k, v, f, weight, initial_state, cu_seqlens)
-            return y.clone(), final.clone(), final.new_empty(0)
+            return y, final.clone(), final.new_empty(0)
         case name:
             return _kernels(name).forward(q, k, v, f, weight, initial_state, cu_seqlens, save)  # type: ignore[no-any-return]
 

@@ -120,6 +120,7 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], list[str]]] = {
         ["cu_seqlens", "0, 4, 2, 5", "5"],
     ),
     "cu_seqlens a list": (lambda: _packed(cu_seqlens=[0, 5]), ["cu_seqlens", "list", "tensor"]),
+    "clip zero": (lambda: _arguments(state_clip=0.0), ["state_clip", "0.0", "positive"]),
     "clip negative": (lambda: _arguments(state_clip=-1.0), ["state_clip", "-1"]),
     "clip NaN": (lambda: _arguments(state_clip=float("nan")), ["state_clip", "nan"]),
     "clip a string": (lambda: _arguments(state_clip="1"), ["state_clip", "'1'", "number"]),
