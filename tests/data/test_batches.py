@@ -111,6 +111,9 @@ def test_the_last_batch_of_one_epoch_is_short_and_there_is_none_after_it(tmp_pat
     assert [batch["input_ids"].shape[1] for batch in (batches[0], batches[1])] == [24, 8]
     assert batches[1]["input_ids"][0, 6:].tolist() == [data.pad_token_id] * 2
     assert batches[1]["cu_seq_lens_q"].tolist() == [0, 6, 8]
+    described = [tuple(row.values()) for number in (0, 1) for row in batches.describe(number)]
+    # epoch, window, first and last token, first and last document
+    assert described == [(0, 0, 0, 7, 0, 0), (0, 1, 8, 15, 0, 1), (0, 2, 16, 23, 1, 2), (0, 3, 24, 29, 2, 2)]
     for number in (2, -1):
         with pytest.raises(IndexError, match=f"batch {number} of 2"):
             batches[number]

@@ -30,6 +30,15 @@ def test_documents_are_found_by_number_and_by_token(data):
     data.verify()
 
 
+@pytest.mark.parametrize(("pad", "expected"), [(7, 7), (0, 0), (None, 0xFF)])
+def test_eos_stands_in_for_a_missing_pad(data, pad, expected):
+    path = data.folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["tokenizer"]["pad_token_id"] = pad
+    path.write_text(json.dumps(manifest))
+    assert TokenDataset(data.folder).pad_token_id == expected
+
+
 def test_nothing_is_copied_into_memory_or_into_a_loader_process(data):
     assert not data.tokens.flags.writeable
     assert not data.tokens.flags.owndata
