@@ -199,6 +199,20 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, model, data, monk
     assert calls == in_one_go + 1
 
 
+def test_losses_that_are_not_all_on_disk_are_measured_again(tmp_path, model, data):
+    whole = evaluate(model, data, tmp_path / "out", contexts=(8, 4))
+    expected = losses_in(tmp_path / "out")
+    (tmp_path / "out" / "results.json").unlink()
+    short, holed = sorted((tmp_path / "out" / "losses").iterdir())
+    short.write_bytes(short.read_bytes()[:-4])
+    losses = np.fromfile(holed, "<f4")
+    losses[2] = perplexity.PENDING  # as if a power cut had kept one page of a window, and not the next
+    losses.tofile(holed)
+    assert only(evaluate(model, data, tmp_path / "out", contexts=(8, 4)))["text"] == only(whole)["text"]
+    for name, found in losses_in(tmp_path / "out").items():
+        np.testing.assert_array_equal(found, expected[name])
+
+
 def planned(model, data, settings):
     settings = PerplexitySettings(**settings)
     return perplexity.measurements(perplexity.load_text(model, 300, str(data), settings), settings)
@@ -215,9 +229,11 @@ def test_another_batch_may_finish_a_run_but_another_model_or_text_may_not(tmp_pa
         evaluate(own, data, tmp_path / "out", batch=1)
     shutil.copytree(model, own, dirs_exist_ok=True)
     evaluate(own, data, tmp_path / "out", batch=3)
-    write_texts(data, ["other"])
-    with pytest.raises(RunFolderError, match="text = "):
-        evaluate(own, data, tmp_path / "out", batch=3)
+    same_size = b"".join(reversed(data.read_bytes().splitlines(keepends=True)))
+    for changed in (same_size, b'{"text": "other"}'):
+        data.write_bytes(changed)
+        with pytest.raises(RunFolderError, match="text = "):
+            evaluate(own, data, tmp_path / "out", batch=3)
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
