@@ -106,5 +106,7 @@ def test_the_learning_rate_falls_with_the_square_root_of_the_length_the_sequence
     assert max(rates) == 64
     assert rates[64] == 0.5
     assert all(rate == min(1, (PEAK_RATE_LENGTH / length) ** 0.5) for length, rate in rates.items())
+    at_the_end = [curriculum.learning_rate(progress) for progress in history[-4:-1]]
+    assert at_the_end == pytest.approx([0.5 * left / 100 for left in (3, 2, 1)])  # of 100 steps from there to zero
     at_once = Curriculum(train_length=64, steps=1000, grow=False)
     assert at_once.learning_rate(at_once.after(history[WARMUP_STEPS], 0.02)) == 1

@@ -10,12 +10,15 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.nn.utils import get_total_norm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -24,12 +27,14 @@ from m2rnn.data.batches import PackedBatches, pack
 from m2rnn.data.prepare import Settings, prepare
 from m2rnn.data.run_folder import RunFolderError, run_folder
 from m2rnn.data.token_files import TokenDataset
+from m2rnn.layers import M2RNN
 from m2rnn.models import M2RNNForCausalLM
 from m2rnn.models.model import M2RNNBlock
-from m2rnn.training.checkpoint import CheckpointError
-from m2rnn.training.monitor import Monitor, NonFiniteError, kind_of
-from m2rnn.training.throughput import peak_of
-from m2rnn.training.train import Stopped, build_config, build_model, dry_run, train, training_arguments
+from m2rnn.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from m2rnn.training.display import Display
+from m2rnn.training.monitor import Monitor, NonFiniteError, Step, kind_of
+from m2rnn.training.throughput import Throughput, peak_of
+from m2rnn.training.train import Stopped, build_config, build_model, dry_run, is_bfloat16, train, training_arguments
 from m2rnn.training.train_report import memory_per_process, table
 from m2rnn.training.train_settings import SettingsError, load_settings
 from m2rnn.training.trainer import CheckpointingTrainer
@@ -153,8 +158,12 @@ def test_killed_runs_end_with_the_same_bits(tmp_path, data, undisturbed):
     assert_same_run(tmp_path, undisturbed)
 
 
-def test_other_micro_batches_give_the_same_loss(tmp_path, data, undisturbed):
-    train(settings_of(data, "micro_batch_size=4"), tmp_path)
+def test_other_micro_batches_give_the_same_loss_also_from_the_middle_on(tmp_path, data, undisturbed, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(3, patch)
+        with pytest.raises(Stopped):
+            train(settings_of(data, "micro_batch_size=4"), tmp_path)
+    train(settings_of(data, "micro_batch_size=1"), tmp_path)
     assert_same_loss(tmp_path, undisturbed)
 
 
@@ -468,10 +477,61 @@ def test_a_skipped_nan_is_left_out_of_the_entries_loss(tmp_path, data, monkeypat
     train(settings_of(data, "report_to=[tensorboard]", "log_every=2", "skip_steps=[3]"), tmp_path)
     losses = [line["loss"] for line in log_of(tmp_path)]
     assert losses[2] is None
+    assert "NaN" not in (tmp_path / "log.jsonl").read_text(), "which is no JSON"
     scalars = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars
     expected = [(losses[0] + losses[1]) / 2, losses[3], (losses[4] + losses[5]) / 2]
     assert [event.value for event in scalars("train/loss")] == pytest.approx(expected)
     assert math.isfinite(scalars("train/train_loss")[-1].value)
+
+
+def test_a_skipped_step_leaves_the_weights_alone(tmp_path, data):
+    train(settings_of(data, "checkpoint_every=1", "keep_checkpoints=6", "skip_steps=[3]"), tmp_path)
+    weights = [path.read_bytes() for path in sorted(tmp_path.glob("checkpoints/*/model-00000.safetensors"))]
+    assert [old == new for old, new in pairwise(weights)] == [False, True, False, False, False]
+
+
+def monitor_of(data: str, *overrides: str, world: int = 1, state: dict | None = None) -> Monitor:
+    settings = settings_of(data, *overrides)
+    tokens = TokenDataset(data)
+    config = build_config(settings, tokens)
+    accumulation = settings.accumulation(world)
+    batches = PackedBatches(
+        tokens, settings.context, settings.micro_batch_size, settings.seed, settings.steps * accumulation * world
+    )
+    throughput = Throughput(1, 1, None)
+    return Monitor(
+        settings, Path(), config, batches, accumulation, throughput, Display(), None, lambda: False, None, state
+    )
+
+
+def test_a_batch_of_any_process_is_named(data, monkeypatch):
+    monkeypatch.setattr("m2rnn.training.monitor.gather_object", lambda here: here)
+    order = PackedBatches(TokenDataset(data), 24, 1, seed=0, batches=24)
+    for process in (0, 1):
+        monitor = monitor_of(data, "micro_batch_size=1", world=2)
+        args = SimpleNamespace(world_size=2, process_index=process)
+        monitor.trainer = SimpleNamespace(args=args)
+        monitor.step = Step(math.nan, {}, stop=False, interrupted=False)
+        # Each process's second of two: batches 2 and 3 of the third step, which begins with batch 8.
+        (window,) = order.windows_of(2 * 4 + 2 + process)[1]
+        with pytest.raises(NonFiniteError, match=rf"1 of the 4 micro-batches .* window {window}, "):
+            monitor._stop_before_damage(args, 3, torch.tensor([1.0, math.nan]))
+
+
+def test_a_spike_is_six_standard_deviations_above_the_mean(data):
+    losses = [2.9, 3.1] * 32
+    monitor = monitor_of(data, state={"seconds": 0.0, "losses": losses, "spikes": 0})
+    assert monitor._is_spike(3.61)
+    assert not monitor._is_spike(3.59)
+    young = monitor_of(data, state={"seconds": 0.0, "losses": losses[1:], "spikes": 0})
+    assert not young._is_spike(3.61)
+
+
+def test_time_losses_and_spikes_are_counted_on_after_an_interruption(data):
+    saved = {"seconds": 1000.0, "losses": [3.0, 2.0], "spikes": 5}
+    state = monitor_of(data, state=saved).state()["monitor"]
+    assert state.pop("seconds") >= saved.pop("seconds")
+    assert state == saved
 
 
 def test_a_spike_is_noted_with_its_windows(tmp_path, data, monkeypatch):
@@ -487,8 +547,23 @@ def test_a_spike_is_noted_with_its_windows(tmp_path, data, monkeypatch):
         assert [row["window"] for row in rows[step]] == windows.windows_of(step)[1].tolist()
 
 
-def test_the_gradient_norms_of_all_kinds_add_up_and_are_clipped(data, undisturbed):
-    for line in log_of(undisturbed):
+def test_gradients_are_clipped_by_the_norm_of_all_together(tmp_path, data, monkeypatch):
+    before_step, clipped = Monitor.on_pre_optimizer_step, []
+
+    def clip(self, args, state, control, **kwargs):
+        before_step(self, args, state, control, **kwargs)
+        clipped.append(get_total_norm([parameter.grad for parameter in kwargs["model"].parameters()]).item())
+
+    monkeypatch.setattr(Monitor, "on_pre_optimizer_step", clip)
+    train(settings_of(data, "max_gradient_norm=0.7"), tmp_path)
+    norms = [line["gradient_norm"] for line in log_of(tmp_path)]
+    assert min(norms) < 0.7 < max(norms)
+    assert clipped == pytest.approx([min(norm, 0.7) for norm in norms], rel=1e-4)
+
+
+def test_the_gradient_norms_of_all_kinds_add_up(data, undisturbed):
+    for number, line in enumerate(log_of(undisturbed), 1):
+        assert line["tokens"] == number * 4 * 24
         assert set(line["gradient_norms"]) == {"embedding", "m2rnn", "attention", "swiglu", "norm", "head"}
         squares = sum(norm**2 for norm in line["gradient_norms"].values())
         assert line["gradient_norm"] ** 2 == pytest.approx(squares)
@@ -517,6 +592,7 @@ def test_the_trained_model_is_a_hugging_face_model(undisturbed, data):
 
 def test_the_schedule_is_a_cosine_after_a_warm_up(tmp_path, data):
     train(settings_of(data, "steps=9", "warmup_steps=4", "min_learning_rate=0.25"), tmp_path)
+    assert (tmp_path / "checkpoints" / "step-00000009").exists(), "of the last step, whatever checkpoint_every is"
     rates = [line["learning_rate"] for line in log_of(tmp_path)]
     expected = [n / 4 if n < 4 else 0.25 + 0.75 * (1 + math.cos(math.pi * (n - 4) / 5)) / 2 for n in range(9)]
     assert rates == pytest.approx([1e-2 * rate for rate in expected])
@@ -531,25 +607,84 @@ def test_weight_decay_spares_vectors_and_what_the_model_spares(tmp_path, data, m
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         for group in optimizer.param_groups:
             groups[group["weight_decay"]] = {names[parameter] for parameter in group["params"]}
-            assert (group["betas"], group["eps"]) == ((0.9, 0.95), 1e-10)
+            assert (group["betas"], group["eps"]) == ((0.8, 0.7), 1e-9)
         return optimizer
 
     monkeypatch.setattr(CheckpointingTrainer, "create_optimizer", made)
     stop_after(1, monkeypatch)
     with pytest.raises(Stopped):
-        train(settings_of(data), tmp_path)
-    assert {"model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mixer.state_weight"} <= groups[0.1]
+        train(settings_of(data, "beta1=0.8", "beta2=0.7", "epsilon=1e-9", "weight_decay=0.3"), tmp_path)
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mixer.state_weight"} <= groups[0.3]
     spared = {name.rpartition(".")[2] for name in groups[0.0] if "norm" not in name}
     assert spared == {"A_log", "dt_bias", "D"}
-    assert not any("norm" in name for name in groups[0.1])
+    assert not any("norm" in name for name in groups[0.3])
 
 
 @pytest.mark.parametrize("option", ["checkpoint_activations=true", "precision=bfloat16"])
-def test_options_of_the_computation_change_the_loss_little(tmp_path, data, undisturbed, option):
-    train(settings_of(data, option), tmp_path)
-    tolerance = 1e-6 if option.startswith("checkpoint") else 2e-2
-    for mine, other in zip(log_of(tmp_path), log_of(undisturbed), strict=True):
-        assert mine["loss"] == pytest.approx(other["loss"], rel=tolerance)
+def test_options_of_the_computation_change_the_loss_little(tmp_path, data, undisturbed, monkeypatch, option):
+    forward, computed = M2RNN.forward, []
+
+    def counted(self, hidden, *arguments, **options):
+        if hidden.device.type != "meta":  # as when the configuration is tried
+            computed.append(self)
+        return forward(self, hidden, *arguments, **options)
+
+    monkeypatch.setattr(M2RNN, "forward", counted)
+    train(settings_of(data, option, "valid_sequences=0"), tmp_path)
+    again = option.startswith("checkpoint")
+    assert len(computed) == 6 * 2 * (1 + again)  # steps, micro-batches
+    tolerance = 1e-6 if again else 2e-2
+    mine, other = ([line["loss"] for line in log_of(folder)] for folder in (tmp_path, undisturbed))
+    assert mine == pytest.approx(other, rel=tolerance)
+    if option.startswith("precision"):
+        assert mine != pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "expected"),
+    [
+        ("auto", "cuda", True),
+        ("auto", "cpu", False),
+        ("bfloat16", "cpu", True),
+        ("float32", "cuda", False),
+    ],
+)
+def test_auto_is_bfloat16_on_a_gpu_alone(data, precision, device, expected):
+    assert is_bfloat16(settings_of(data, f"precision={precision}"), torch.device(device)) is expected
+
+
+def test_the_seed_decides_the_weights_and_the_callers_random_state_is_left_alone(data):
+    before = torch.get_rng_state()
+    config = build_config(settings_of(data), TokenDataset(data))
+    first, again, other = (build_model(settings_of(data, f"seed={n}"), config).lm_head.weight for n in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_model_has_the_special_tokens_of_the_data(data):
+    tokens = TokenDataset(data)
+    tokens.eos_token_id, tokens.pad_token_id = 5, 6
+    tokens.manifest["tokenizer"]["bos_token_id"] = 7
+    config = build_config(settings_of(data), tokens)
+    assert (config.eos_token_id, config.pad_token_id, config.bos_token_id) == (5, 6, 7)
+
+
+def test_a_checkpoint_of_many_files_is_the_same(tmp_path, data, monkeypatch):
+    monkeypatch.setattr("m2rnn.training.checkpoint.FILE_BYTES", 2000)
+    model = build_model(settings_of(data), build_config(settings_of(data), TokenDataset(data)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    optimizer.step()
+    save_checkpoint(tmp_path, 1, model, optimizer, {})
+    assert len(list(tmp_path.glob("checkpoints/*/optimizer-*"))) > len(list(tmp_path.glob("checkpoints/*/model-*"))) > 2
+    expected = {name: weight.clone() for name, weight in model.state_dict().items()}
+    moments = [{key: each.clone() for key, each in state.items()} for state in optimizer.state.values()]
+    for tensor in (*model.parameters(), *(each for state in optimizer.state.values() for each in state.values())):
+        tensor.data.zero_()
+    load_checkpoint(tmp_path, model, optimizer)
+    torch.testing.assert_close(dict(model.state_dict()), expected, rtol=0, atol=0)
+    torch.testing.assert_close(list(map(dict, optimizer.state.values())), moments, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -578,7 +713,11 @@ def test_options_of_the_computation_change_the_loss_little(tmp_path, data, undis
         ("model.mixer_options.m2rnn=8", r"model.mixer_options \{'m2rnn': 8\}: expected names with options"),
         ("fsdp_bfloat16=true precision=float32", r"fsdp_bfloat16 True: expected false with precision float32"),
         ("seed=-1", r"seed -1: expected a whole number of at least 0"),
+        ("seed=4294967296", r"seed 4294967296: expected a whole number of .* less than 2\*\*32"),
         ("batch_size=3", r"batch_size 3: expected a multiple of 2"),
+        ("keep_checkpoints=1", r"keep_checkpoints 1: expected at least 2"),
+        ("valid_sequences=-1", r"valid_sequences -1: expected a whole number of at least 0"),
+        ("steps=true", r"steps True: expected a whole number"),
     ],
 )
 def test_settings_that_cannot_work_are_named(tmp_path, data, override, message):
@@ -592,6 +731,14 @@ def test_numbers_are_numbers_with_and_without_a_dot(data):
     assert (settings.learning_rate, settings.epsilon, settings.weight_decay) == (1e-3, 1e-9, 100.0)
     config = build_config(settings_of(data, "model.rms_norm_eps=1e-4", "model.embedding_range=1"), TokenDataset(data))
     assert (config.rms_norm_eps, config.embedding_range) == (1e-4, 1.0)
+    assert build_config(settings_of(data, "model.rms_norm_eps=1"), TokenDataset(data)).rms_norm_eps == 1.0
+
+
+def test_an_override_changes_one_of_two_parts_that_a_recipe_shares(tmp_path, data):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("preset: tiny-m2rnn\nmodel: {mixer_options: {m2rnn: &heads {num_heads: 4}, attention: *heads}}\n")
+    settings = load_settings(recipe, ["model.mixer_options.m2rnn.num_heads=8"], {"data": data})
+    assert settings.model["mixer_options"] == {"m2rnn": {"num_heads": 8}, "attention": {"num_heads": 4}}
 
 
 def test_the_planned_memory_of_attention_grows_with_the_context_alone(data):
@@ -600,6 +747,35 @@ def test_the_planned_memory_of_attention_grows_with_the_context_alone(data):
         return memory_per_process(settings, build_config(settings, TokenDataset(data)), 1, False)["activations"]
 
     assert planned(512) == pytest.approx(4 * planned(128), rel=0.01)
+
+
+def test_the_planned_memory_is_of_float32_weights_gradients_and_two_moments(data):
+    def planned(processes: int, *overrides: str) -> dict[str, float]:
+        settings = settings_of(data, *overrides)
+        return memory_per_process(settings, build_config(settings, TokenDataset(data)), processes, False)
+
+    config = build_config(settings_of(data), TokenDataset(data))
+    amount = 4 * sum(weight.numel() for weight in M2RNNForCausalLM(config).parameters())
+    one = planned(1)
+    assert (one["weights"], one["gradients"], one["moments"]) == (amount, amount, 2 * amount)
+    assert one["together"] == 4 * amount + one["activations"]
+    assert planned(2)["weights"] == amount
+    assert planned(2, "fsdp=true")["moments"] == amount
+    assert planned(1, "micro_batch_size=4")["activations"] == pytest.approx(2 * one["activations"], rel=0.01)
+    assert planned(1, "checkpoint_activations=true")["activations"] < 0.7 * one["activations"]
+
+
+def test_the_mean_speed_leaves_out_the_first_steps(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("m2rnn.training.throughput.time.monotonic", lambda: clock[0])
+    throughput = Throughput(tokens=100, flops=6, peak=1200.0)
+    for seconds in (50, 20, 10, 10, 10, 2, 4):  # of a step
+        clock[0] += seconds
+        throughput.step()
+        assert throughput.last == 100 / seconds
+    assert throughput.mean == 200 / 6
+    assert throughput.utilisation(100.0) == 0.5
+    assert Throughput(100, 6, None).utilisation(100.0) is None
 
 
 @pytest.mark.parametrize(
