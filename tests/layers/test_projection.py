@@ -28,6 +28,13 @@ class Quantised(Tensor):
     """A weight of a class of its own, as torchao's quantised ones are."""
 
 
+class Doubled(nn.Linear):
+    """Stands for an adapter, which does more than its base class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
 @pytest.fixture
 def aligned(monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
     monkeypatch.setattr(projection, "MANY_ROWS", 6)
@@ -56,13 +63,15 @@ def test_added_columns_change_no_value_and_no_gradient() -> None:
 
 @pytest.mark.parametrize("rows", [5, 6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["plain", "bias", "hook", "quantised"])
+@pytest.mark.parametrize("kind", ["plain", "bias", "hook", "backward hook", "subclass", "quantised"])
 def test_columns_are_added_for_many_rows_in_half_precision(
     aligned: mock.Mock, kind: str, dtype: torch.dtype, rows: int
 ) -> None:
-    linear = nn.Linear(7, 10, bias=kind == "bias").to(dtype)
+    linear = (Doubled if kind == "subclass" else nn.Linear)(7, 10, bias=kind == "bias").to(dtype)
     if kind == "hook":
         linear.register_forward_hook(lambda module, inputs, output: 2 * output)
+    if kind == "backward hook":
+        linear.register_full_backward_hook(lambda module, inputs, outputs: None)
     if kind == "quantised":
         linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Quantised))
     x = torch.randn(1, rows, 7, dtype=dtype)

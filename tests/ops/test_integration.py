@@ -22,7 +22,7 @@ from tests.tolerances import assert_close
 
 CASES = [
     Case(batch=2, time=20, heads=(1, 1, 4, 2, 4), clip=0.1),
-    Case(lengths=(3, 0, 17), initial=False, final=False),
+    Case(lengths=(3, 0, 29), initial=False, final=False),  # whole chunks, if not of each sequence
     Case(batch=1, time=1, dtype=torch.bfloat16, gates=torch.float32),
 ]
 
@@ -238,6 +238,18 @@ def test_autocast_with_mixed_inputs(backend: str, device: str) -> None:
         results = run(make_problem(case, device=device), backend)
     assert results["y"].dtype == torch.bfloat16
     check(results, truth(case), case)
+
+
+def test_autocast_rounds_q_k_and_v_and_nothing_else(backend: str, device: str) -> None:
+    case = Case(time=20, clip=0.1)
+    wide, narrow = make_problem(case, device=device), make_problem(case, device=device)
+    for name in "qkv":
+        narrow.inputs[name] = narrow.inputs[name].detach().bfloat16().requires_grad_()
+    expected = run(narrow, backend)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        found = run(wide, backend)
+    for name, x in expected.items():
+        assert torch.equal(found[name].to(x.dtype), x), name
 
 
 @pytest.mark.parametrize("wide", ["q", "k", "v"])

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
@@ -145,6 +145,7 @@ def test_chunks_are_the_definition(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("writes", [0, 1, 2])
 @settings(max_examples=8)
 @given(lengths=st.lists(st.sampled_from([0, 1, 2, 15, 16, 17, 32, 33, 50]), min_size=1, max_size=4))
+@example(lengths=[0, 1, 0])  # one token, as in decoding, but not of each sequence
 def test_packed_sequences_of_any_lengths(writes: int, lengths: list[int]) -> None:
     case = Case(tuple(lengths), packed=True, writes=writes, heads=1, key=2, value=2)
     if sum(lengths):
@@ -221,6 +222,18 @@ def test_sixteen_bits_are_rounded_once(name: str, dtype: torch.dtype) -> None:
     assert_close(state, expected_state, torch.float32, "state")
     assert relative_error(y, expected) < 0.5 * torch.finfo(dtype).eps
     check(CASES[name], dtype)
+
+
+@pytest.mark.parametrize("writes", [0, 1])
+@pytest.mark.parametrize("steps", [1, 40])
+def test_an_initial_state_of_another_dtype_is_cast(steps: int, writes: int) -> None:
+    case = Case((steps,), writes=writes)
+    inputs = case.tensors(torch.float32)
+    expected = case.scan(inputs)
+    found = case.scan({**inputs, "initial_state": inputs["initial_state"].double()})
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("writes", [0, 1])
