@@ -151,6 +151,17 @@ def test_what_is_not_there_is_named(tmp_path):
         read(path)
 
 
+def test_the_share_that_was_read_is_of_all_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "PIECE_BYTES", 6)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.txt").write_text("12345\n" * 2)
+        (tmp_path / name / "2.txt").write_text("12345\n")
+    how = Reading(separator="\n")
+    found = [piece.done for piece in pieces([find_source(str(tmp_path / name), how) for name in "ab"], how)]
+    assert found == pytest.approx([n / 6 for n in range(1, 7)])
+
+
 def test_datasets_of_the_hub_are_streamed(monkeypatch):
     rows = [{"body": text} for text in TEXTS]
     asked = []
@@ -164,6 +175,9 @@ def test_datasets_of_the_hub_are_streamed(monkeypatch):
     assert find_source("owner/name", Reading()) == HubDataset("owner/name")
     assert read("owner/name", field="body", hub_config="small", hub_split="valid") == TEXTS
     assert asked == [(("owner/name", "small"), {"split": "valid", "streaming": True})]
+    held = list(pieces([HubDataset("owner/name")], Reading("body")))
+    assert len(held) > 2, "never the whole dataset at once"
+    assert [piece.first for piece in held] == [1 + sum(len(p.content) for p in held[:n]) for n in range(len(held))]
     with pytest.raises(DataError, match="owner/name: no column 'text', but body"):
         read("owner/name")
 

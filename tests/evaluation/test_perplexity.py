@@ -8,19 +8,28 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
-from tokenizers import decoders
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from typer.testing import CliRunner
 
 from m2rnn import cli
 from m2rnn.data.batches import PackedBatches
 from m2rnn.data.run_folder import RunFolderError
-from m2rnn.data.token_files import TokenDataset
+from m2rnn.data.sources import DataError, Reading
+from m2rnn.data.token_files import FORMAT, TokenDataset
 from m2rnn.evaluation import perplexity
 from m2rnn.evaluation.language_model import load_model, short_names, token_losses
 from m2rnn.evaluation.perplexity import PerplexitySettings, evaluate_perplexity
 from m2rnn.evaluation.perplexity_report import table
-from m2rnn.evaluation.text import bytes_of_tokens
+from m2rnn.evaluation.text import bytes_of_tokens, choose_split, from_files, from_token_folder
 from m2rnn.models.cache import CACHE_NAME
 from tests.data.text import prepared
 from tests.evaluation.models import TEXTS, byte_documents, naive_loss, save, tokenizer_of, write_texts
@@ -369,6 +378,33 @@ def test_a_tokenizer_that_begins_texts_with_bos_does_so_and_all_bytes_count(tmp_
     expected = [naive_loss(loaded, document[: n + 1]) for document in documents for n in range(1, len(document))]
     assert found["contexts"][0]["loss"] == pytest.approx(np.mean(expected), rel=1e-6)
     assert found["text"]["bytes_scored"] == sum(len(text.encode()) for text in TEXTS)
+
+
+def test_text_that_cannot_be_read_and_damaged_tokens_are_named(tmp_path, data):
+    data.write_bytes(b'{"text": "good"}\n{"text": "half\n')
+    with pytest.raises(DataError, match="line 2: not JSON"):
+        from_files(str(data), Reading(), tokenizer_of("bytes"))
+    folder = prepared(tmp_path / "tokens", TEXTS).folder
+    content = bytearray((folder / "train.tokens.bin").read_bytes())
+    content[5] ^= 1
+    (folder / "train.tokens.bin").write_bytes(content)
+    with pytest.raises(DataError, match=r"train\.tokens\.bin is not what m2rnn prepare wrote"):
+        from_token_folder(folder, "train")
+
+
+def test_a_token_that_is_written_as_a_byte_is_one_byte():
+    vocabulary = {"<unk>": 0, "<0x0A>": 1, "▁é": 2, "<0x>": 3}
+    backend = Tokenizer(BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    sizes = bytes_of_tokens(PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert sizes[1:].tolist() == [1, 3, 4]
+
+
+def test_validation_comes_before_test_and_training_text(tmp_path):
+    for splits, chosen in ((["train", "test", "valid"], "valid"), (["train", "test"], "test"), (["train"], "train")):
+        manifest = {"format": FORMAT, "splits": {split: {} for split in splits}}
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        assert choose_split(tmp_path, None) == chosen
+        assert choose_split(tmp_path, "train") == "train"
 
 
 def run(*arguments):
