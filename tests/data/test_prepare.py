@@ -150,6 +150,15 @@ def test_splits_from_their_own_sources(tmp_path):
         TokenDataset(tmp_path / "tokens", "valid")
 
 
+def test_the_share_for_validation_is_of_the_training_text_alone(tmp_path):
+    given = {split: [str(write_json_lines(tmp_path / f"{split}.jsonl", many(40)))] for split in ("train", "test")}
+    prepare(Settings(given, valid_fraction=0.5), tmp_path / "tokens", processes=1)
+    assert texts_of(TokenDataset(tmp_path / "tokens", "test")) == many(40)
+    counts = [TokenDataset(tmp_path / "tokens", split).num_documents for split in ("train", "valid")]
+    assert sum(counts) == 40
+    assert min(counts) > 0
+
+
 def test_token_files_within_their_own_source_are_no_text(tmp_path, monkeypatch):
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(name)
