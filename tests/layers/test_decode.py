@@ -271,6 +271,25 @@ def test_a_static_state_keeps_its_place_and_a_dynamic_one_its_values(device: str
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("static", [False, True])
+def test_a_token_with_gradients_has_those_of_the_layer_and_leaves_its_state_alone(static: bool, device: str) -> None:
+    layer, tokens = layer_and_tokens(device, torch.float32)
+    with torch.no_grad():
+        _, state = layer(tokens[0])
+    before = M2RNNState(*(x.clone() for x in state))
+    given = state.static(9) if static else state
+    y, after = layer(tokens[1], given)
+    expected, _ = layer(torch.cat([tokens[0], tokens[1]], 1))
+    cotangent = torch.randn_like(y)
+    (found,) = torch.autograd.grad(y, [layer.norm.weight], cotangent, retain_graph=True)
+    assert_close(
+        found, torch.autograd.grad(expected[:, -1:], [layer.norm.weight], cotangent)[0], torch.float32, "gradient"
+    )
+    assert not isinstance(after, StaticM2RNNState)
+    assert all(torch.equal(x, kept) for x, kept in zip(given, before, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("conv", [True, False])
 def test_operators_are_registered_properly(device: str, conv: bool) -> None:
     arguments = moved(problem(4, 16, 16, 2, width=4 if conv else 0), device)

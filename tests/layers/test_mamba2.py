@@ -59,6 +59,7 @@ def test_start() -> None:
     assert (layer.num_heads, layer.head_dim) == (2, 64)
     assert torch.equal(layer.D, torch.ones(2))
     assert torch.equal(layer.conv.bias, torch.zeros(128 + 2 * 128))
+    assert Mamba2(64, conv_bias=False).conv.bias is None
 
 
 @pytest.mark.parametrize(

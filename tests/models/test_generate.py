@@ -136,6 +136,8 @@ def test_attention_caches_can_be_cropped_and_recurrent_ones_say_that_they_cannot
         assert cache.get_seq_length() == PROMPT - 2
         again = model(ids[:, -2:], past_key_values=cache).logits
         assert_close(again, model(ids).logits[:, -2:], torch.float64, "output")
+    cache.crop(-99)
+    assert cache.get_seq_length() == 0
     cache = make()(ids).past_key_values
     assert not cache.is_croppable
     cache.crop(0)
