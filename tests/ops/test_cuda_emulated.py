@@ -29,6 +29,7 @@ CASES = [
     Case(time=33, key=17, value=24, heads=(4, 2, 1, 1, 2), dtype=F32, layout="transposed", final=False),
     Case(lengths=(10, 0, 0, 21, 40), key=20, value=16, dtype=BF16, gates=F32, clip=0.1),
     Case(lengths=(3, 40, 1), key=20, value=7, heads=(1, 3, 6, 2, 1), dtype=F32, index=torch.int32),
+    Case(time=64, batch=2, key=20, value=16, dtype=BF16, gates=F32, clip=0.1, final=False),  # whole chunks
     Case(time=1, batch=2, key=20, value=16, dtype=F32),
     Case(time=0, key=20, value=16, dtype=BF16, gates=F32),
 ]
