@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils import get_total_norm
 
 from m2rnn.data.run_folder import RunFolderError, run_folder
+from m2rnn.training import track
 from m2rnn.training.curriculum import Curriculum, Progress
 from m2rnn.training.track import DivergedError, build_config, build_model, draw_noise, train, train_step
 from m2rnn.training.track_settings import SettingsError, TrackSettings
@@ -155,6 +157,32 @@ def test_the_log_tells_every_step_and_no_time(tmp_path):
         logits = build_model(settings).train()(torch.from_numpy(batch.inputs)).logits
     likelihood = logits.log_softmax(-1).gather(-1, torch.from_numpy(batch.targets)[..., None])
     np.testing.assert_allclose(lines[0]["loss"], -likelihood.mean().item(), rtol=1e-5)
+
+
+def test_the_optimizer_takes_the_rate_of_the_log_and_gradients_that_are_clipped(tmp_path, monkeypatch):
+    monkeypatch.setattr("m2rnn.training.track.MAX_GRADIENT_NORM", 0.01)
+    take, rates = torch.optim.AdamW.step, []
+
+    def step(self):
+        (group,) = self.param_groups
+        rates.append(group["lr"])
+        assert (group["betas"], group["weight_decay"]) == ((0.9, 0.98), 0.0)
+        assert get_total_norm([weight.grad for weight in group["params"]]).item() == pytest.approx(0.01, rel=1e-3)
+        take(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    train(TrackSettings(model=TINY, steps=5, batch_size=2, train_length=4), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert rates == [line["learning_rate"] for line in lines]
+    assert len(set(rates)) > 1
+
+
+def test_seconds_add_up_over_interruptions(tmp_path, monkeypatch):
+    settings = TrackSettings(model=TINY, steps=5, batch_size=2, train_length=4)
+    assert train(settings, tmp_path, minutes=1e-9).progress.step < 5
+    load = track.load_checkpoint
+    monkeypatch.setattr(track, "load_checkpoint", lambda *arguments: load(*arguments) | {"seconds": 1000.0})
+    assert 1000 < train(settings, tmp_path).seconds < 1060
 
 
 def test_a_time_limit_ends_the_training(tmp_path):
