@@ -10,38 +10,30 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from torch.nn.utils import get_total_norm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from m2rnn.cli import app
 from m2rnn.data.batches import PackedBatches, pack
-from m2rnn.data.prepare import Settings, prepare
 from m2rnn.data.run_folder import RunFolderError, run_folder
 from m2rnn.data.token_files import TokenDataset
 from m2rnn.layers import M2RNN
-from m2rnn.models import M2RNNForCausalLM
 from m2rnn.models.model import M2RNNBlock
 from m2rnn.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from m2rnn.training.display import Display
-from m2rnn.training.monitor import Monitor, NonFiniteError, Step, kind_of
-from m2rnn.training.throughput import Throughput, peak_of
-from m2rnn.training.train import Stopped, build_config, build_model, dry_run, is_bfloat16, train, training_arguments
-from m2rnn.training.train_report import memory_per_process, table
-from m2rnn.training.train_settings import SettingsError, load_settings
+from m2rnn.training.monitor import Monitor
+from m2rnn.training.train import Stopped, build_config, build_model, is_bfloat16, train, training_arguments
+from m2rnn.training.train_report import table
 from m2rnn.training.trainer import CheckpointingTrainer
 from tests.training.train_and_kill import SETTINGS
+from tests.training.train_runs import assert_same_run, log_of, settings_of, weights_of
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 FILES = (
     "model-00000.safetensors",
@@ -50,44 +42,6 @@ FILES = (
     "trainer_state.json",
     "checkpoint.json",
 )
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "text").mkdir()
-    for n in range(24):
-        text = "".join(chr(97 + (n * i) % 23) for i in range(10 + 3 * n))
-        (folder / "text" / f"{n}.txt").write_text("!" + text if n == 7 else text)
-    prepare(Settings({"train": [str(folder / "text")]}, valid_fraction=0.2), folder / "tokens", processes=1)
-    return str(folder / "tokens")
-
-
-def settings_of(data: str, *overrides: str):
-    return load_settings(None, [*SETTINGS, *overrides], {"data": data})
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    train(settings_of(data), folder)
-    return folder
-
-
-def log_of(folder: Path) -> list[dict]:
-    """The log without what the clock writes."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
-
-
-def assert_same_run(folder: Path, expected: Path) -> None:
-    assert log_of(folder) == log_of(expected)
-    weights = Path("model", "model.safetensors")
-    assert (folder / weights).read_bytes() == (expected / weights).read_bytes()
 
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,162 +370,6 @@ def test_other_settings_do_not_go_on_with_a_run(tmp_path, data, undisturbed):
         train(settings_of(data, "learning_rate=2e-2"), tmp_path)
 
 
-def test_a_nan_stops_before_the_weights_change_and_names_its_documents(tmp_path, data, monkeypatch):
-    token = ord("!")  # in one document alone
-    tokens = TokenDataset(data)
-    place = int((tokens.tokens == token).nonzero()[0][0])
-    document = tokens.document_at(place)
-
-    def poisoned(*arguments, **options):
-        model = build_model(*arguments, **options)
-        with torch.no_grad():
-            model.model.embed_tokens.weight[token] = float("nan")
-        return model
-
-    monkeypatch.setattr("m2rnn.training.train.build_model", poisoned)
-    # One window more than an epoch, so that each is met.
-    windows = PackedBatches(tokens, 24, 1).windows
-    steps = windows // 2 + 1
-    overrides = ["micro_batch_size=1", "batch_size=2", f"steps={steps}", "checkpoint_every=1", "valid_sequences=0"]
-    with pytest.raises(NonFiniteError, match=r"step \d+: the loss of 1 of the 2 micro-batches") as caught:
-        train(settings_of(data, *overrides), tmp_path)
-    report = json.loads((tmp_path / "non-finite.json").read_text())
-    (row,) = report["rows"]
-    assert row["first_document"] <= document <= row["last_document"]
-    assert row["first_token"] <= place <= row["last_token"]
-    assert f"skip_steps=[{report['step']}]" in str(caught.value)
-    newest = max(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert newest == f"step-{report['step'] - 1:08d}"
-
-    assert report["step"] < steps
-    train(settings_of(data, *overrides, f"skip_steps=[{report['step']}, {steps}]"), tmp_path)
-    lines = log_of(tmp_path)
-    assert lines[report["step"] - 1]["skipped"] is True
-    weights = weights_of(tmp_path)
-    assert weights.pop("model.embed_tokens.weight").isnan().any(1).sum() == 1
-    assert all(weight.isfinite().all() for weight in weights.values())
-
-
-def test_an_infinite_gradient_is_blamed_on_its_kind_of_layer_alone(tmp_path, data, monkeypatch):
-    train_step = CheckpointingTrainer.training_step
-
-    def poison(self, model, *arguments, **options):
-        loss = train_step(self, model, *arguments, **options)
-        model.model.layers[1].mixer_norm.weight.grad[0] = math.inf
-        return loss
-
-    monkeypatch.setattr(CheckpointingTrainer, "training_step", poison)
-    with pytest.raises(NonFiniteError, match=r"the gradient is no finite number in attention\. Rows"):
-        train(settings_of(data), tmp_path)
-    norms = json.loads((tmp_path / "non-finite.json").read_text())["gradient_norms"]
-    assert [kind for kind, norm in norms.items() if not math.isfinite(float(norm))] == ["attention"]
-
-
-def test_a_skipped_nan_is_left_out_of_the_entries_loss(tmp_path, data, monkeypatch):
-    compute = CheckpointingTrainer.compute_loss
-
-    def spoiled(self, *arguments, **options):
-        return compute(self, *arguments, **options) * (math.nan if self.state.global_step == 2 else 1)
-
-    monkeypatch.setattr(CheckpointingTrainer, "compute_loss", spoiled)
-    train(settings_of(data, "report_to=[tensorboard]", "log_every=2", "skip_steps=[3]"), tmp_path)
-    losses = [line["loss"] for line in log_of(tmp_path)]
-    assert losses[2] is None
-    assert "NaN" not in (tmp_path / "log.jsonl").read_text(), "which is no JSON"
-    scalars = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars
-    expected = [(losses[0] + losses[1]) / 2, losses[3], (losses[4] + losses[5]) / 2]
-    assert [event.value for event in scalars("train/loss")] == pytest.approx(expected)
-    assert math.isfinite(scalars("train/train_loss")[-1].value)
-
-
-def test_a_skipped_step_leaves_the_weights_alone(tmp_path, data):
-    train(settings_of(data, "checkpoint_every=1", "keep_checkpoints=6", "skip_steps=[3]"), tmp_path)
-    weights = [path.read_bytes() for path in sorted(tmp_path.glob("checkpoints/*/model-00000.safetensors"))]
-    assert [old == new for old, new in pairwise(weights)] == [False, True, False, False, False]
-
-
-def monitor_of(data: str, *overrides: str, world: int = 1, state: dict | None = None) -> Monitor:
-    settings = settings_of(data, *overrides)
-    tokens = TokenDataset(data)
-    config = build_config(settings, tokens)
-    accumulation = settings.accumulation(world)
-    batches = PackedBatches(
-        tokens, settings.context, settings.micro_batch_size, settings.seed, settings.steps * accumulation * world
-    )
-    throughput = Throughput(1, 1, None)
-    return Monitor(
-        settings, Path(), config, batches, accumulation, throughput, Display(), None, lambda: False, None, state
-    )
-
-
-def test_a_batch_of_any_process_is_named(data, monkeypatch):
-    monkeypatch.setattr("m2rnn.training.monitor.gather_object", lambda here: here)
-    order = PackedBatches(TokenDataset(data), 24, 1, seed=0, batches=24)
-    for process in (0, 1):
-        monitor = monitor_of(data, "micro_batch_size=1", world=2)
-        args = SimpleNamespace(world_size=2, process_index=process)
-        monitor.trainer = SimpleNamespace(args=args)
-        monitor.step = Step(math.nan, {}, stop=False, interrupted=False)
-        # Each process's second of two: batches 2 and 3 of the third step, which begins with batch 8.
-        (window,) = order.windows_of(2 * 4 + 2 + process)[1]
-        with pytest.raises(NonFiniteError, match=rf"1 of the 4 micro-batches .* window {window}, "):
-            monitor._stop_before_damage(args, 3, torch.tensor([1.0, math.nan]))
-
-
-def test_a_spike_is_six_standard_deviations_above_the_mean(data):
-    losses = [2.9, 3.1] * 32
-    monitor = monitor_of(data, state={"seconds": 0.0, "losses": losses, "spikes": 0})
-    assert monitor._is_spike(3.61)
-    assert not monitor._is_spike(3.59)
-    young = monitor_of(data, state={"seconds": 0.0, "losses": losses[1:], "spikes": 0})
-    assert not young._is_spike(3.61)
-
-
-def test_time_losses_and_spikes_are_counted_on_after_an_interruption(data):
-    saved = {"seconds": 1000.0, "losses": [3.0, 2.0], "spikes": 5}
-    state = monitor_of(data, state=saved).state()["monitor"]
-    assert state.pop("seconds") >= saved.pop("seconds")
-    assert state == saved
-
-
-def test_a_spike_is_noted_with_its_windows(tmp_path, data, monkeypatch):
-    monkeypatch.setattr("m2rnn.training.monitor.REMEMBERED", 2)
-    monkeypatch.setattr("m2rnn.training.monitor.SPIKE", -1e9)  # any loss is one
-    results = train(settings_of(data, "seed=3"), tmp_path)
-    assert results["spikes"] == 4
-    rows = [line.get("spike") for line in log_of(tmp_path)]
-    assert rows[:2] == [None, None]
-    # Windows of the step as one batch of four, whose order knows nothing of micro-batches.
-    windows = PackedBatches(TokenDataset(data), 24, 4, seed=3, batches=6)
-    for step in range(2, 6):
-        assert [row["window"] for row in rows[step]] == windows.windows_of(step)[1].tolist()
-
-
-def test_gradients_are_clipped_by_the_norm_of_all_together(tmp_path, data, monkeypatch):
-    before_step, clipped = Monitor.on_pre_optimizer_step, []
-
-    def clip(self, args, state, control, **kwargs):
-        before_step(self, args, state, control, **kwargs)
-        clipped.append(get_total_norm([parameter.grad for parameter in kwargs["model"].parameters()]).item())
-
-    monkeypatch.setattr(Monitor, "on_pre_optimizer_step", clip)
-    train(settings_of(data, "max_gradient_norm=0.7"), tmp_path)
-    norms = [line["gradient_norm"] for line in log_of(tmp_path)]
-    assert min(norms) < 0.7 < max(norms)
-    assert clipped == pytest.approx([min(norm, 0.7) for norm in norms], rel=1e-4)
-
-
-def test_the_gradient_norms_of_all_kinds_add_up(data, undisturbed):
-    for number, line in enumerate(log_of(undisturbed), 1):
-        assert line["tokens"] == number * 4 * 24
-        assert set(line["gradient_norms"]) == {"embedding", "m2rnn", "attention", "swiglu", "norm", "head"}
-        squares = sum(norm**2 for norm in line["gradient_norms"].values())
-        assert line["gradient_norm"] ** 2 == pytest.approx(squares)
-    config = build_config(settings_of(data), TokenDataset(data))
-    model = M2RNNForCausalLM(config)
-    assert {kind_of(name, config) for name, _ in model.named_parameters()} == set(line["gradient_norms"])
-
-
 def test_the_trained_model_is_a_hugging_face_model(undisturbed, data):
     tokenizer = AutoTokenizer.from_pretrained(undisturbed / "model")
     model = AutoModelForCausalLM.from_pretrained(undisturbed / "model").eval()
@@ -687,115 +485,6 @@ def test_a_checkpoint_of_many_files_is_the_same(tmp_path, data, monkeypatch):
     torch.testing.assert_close(list(map(dict, optimizer.state.values())), moments, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("stepz=3", r"unknown key 'stepz'; known: preset, data, .*steps"),
-        ("steps=many", r"steps 'many': expected a whole number"),
-        ("steps=2.5", r"steps 2.5: expected a whole number"),
-        ("learning_rate=[1]", r"learning_rate \[1\]: expected a number"),
-        ("compile=1", r"compile 1: expected true or false"),
-        ("learning_rate=-1", r"learning_rate -1.0: expected a number above 0"),
-        ("warmup_steps=6", r"warmup_steps 6: expected at least 0 and less than steps"),
-        ("precision=float16", r"precision 'float16': expected one of"),
-        ("nonsense", r"'nonsense': expected KEY=VALUE"),
-        ("steps.x=1", r"key 'steps.x': only model has parts"),
-        ("preset=none", r"unknown preset 'none'"),
-        ("model.hidden_sizes=3", r"model.hidden_sizes: expected a field of M2RNNConfig"),
-        ("model.vocab_size=8", r"model.vocab_size 8: expected at least 256, the token ids"),
-        ("model.hidden_size=wide", r"hidden_size.* expected int, got str .*'wide'"),
-        ("model.hidden_size=15", r"must divide hidden_size \(15\)"),
-        ("report_to=[tensorbord]", r"report_to \['tensorbord'\]: tensorbord is not supported, only .*tensorboard"),
-        ("model.hidden_size=-16", r"'hidden_size': -16.*negative dimension -16"),
-        ("model.mixer_options.m2rnn.state_clip=-1", r"state_clip is -1 \(int\), expected a positive number or None"),
-        ("model.mixer_options.m2rnn.backend=cpp", r"backend is 'cpp', expected one of 'reference', 'cpu'"),
-        ("model.mixer_options=8", r"model.mixer_options 8: expected names with options"),
-        ("model.mixer_options.m2rnn=8", r"model.mixer_options \{'m2rnn': 8\}: expected names with options"),
-        ("fsdp_bfloat16=true precision=float32", r"fsdp_bfloat16 True: expected false with precision float32"),
-        ("seed=-1", r"seed -1: expected a whole number of at least 0"),
-        ("seed=4294967296", r"seed 4294967296: expected a whole number of .* less than 2\*\*32"),
-        ("batch_size=3", r"batch_size 3: expected a multiple of 2"),
-        ("keep_checkpoints=1", r"keep_checkpoints 1: expected at least 2"),
-        ("valid_sequences=-1", r"valid_sequences -1: expected a whole number of at least 0"),
-        ("steps=true", r"steps True: expected a whole number"),
-    ],
-)
-def test_settings_that_cannot_work_are_named(tmp_path, data, override, message):
-    with pytest.raises(SettingsError, match=message):
-        train(settings_of(data, *override.split()), tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_numbers_are_numbers_with_and_without_a_dot(data):
-    settings = settings_of(data, "learning_rate=1e-3", "epsilon=1.0e-9", "model.rms_norm_eps=1e-4", "weight_decay=1e+2")
-    assert (settings.learning_rate, settings.epsilon, settings.weight_decay) == (1e-3, 1e-9, 100.0)
-    config = build_config(settings_of(data, "model.rms_norm_eps=1e-4", "model.embedding_range=1"), TokenDataset(data))
-    assert (config.rms_norm_eps, config.embedding_range) == (1e-4, 1.0)
-    assert build_config(settings_of(data, "model.rms_norm_eps=1"), TokenDataset(data)).rms_norm_eps == 1.0
-
-
-def test_an_override_changes_one_of_two_parts_that_a_recipe_shares(tmp_path, data):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("preset: tiny-m2rnn\nmodel: {mixer_options: {m2rnn: &heads {num_heads: 4}, attention: *heads}}\n")
-    settings = load_settings(recipe, ["model.mixer_options.m2rnn.num_heads=8"], {"data": data})
-    assert settings.model["mixer_options"] == {"m2rnn": {"num_heads": 8}, "attention": {"num_heads": 4}}
-
-
-def test_the_planned_memory_of_attention_grows_with_the_context_alone(data):
-    def planned(context: int) -> float:
-        settings = settings_of(data, "preset=tiny-transformer", f"context={context}")
-        return memory_per_process(settings, build_config(settings, TokenDataset(data)), 1, False)["activations"]
-
-    assert planned(512) == pytest.approx(4 * planned(128), rel=0.01)
-
-
-def test_the_planned_memory_is_of_float32_weights_gradients_and_two_moments(data):
-    def planned(processes: int, *overrides: str) -> dict[str, float]:
-        settings = settings_of(data, *overrides)
-        return memory_per_process(settings, build_config(settings, TokenDataset(data)), processes, False)
-
-    config = build_config(settings_of(data), TokenDataset(data))
-    amount = 4 * sum(weight.numel() for weight in M2RNNForCausalLM(config).parameters())
-    one = planned(1)
-    assert (one["weights"], one["gradients"], one["moments"]) == (amount, amount, 2 * amount)
-    assert one["together"] == 4 * amount + one["activations"]
-    assert planned(2)["weights"] == amount
-    assert planned(2, "fsdp=true")["moments"] == amount
-    assert planned(1, "micro_batch_size=4")["activations"] == pytest.approx(2 * one["activations"], rel=0.01)
-    assert planned(1, "checkpoint_activations=true")["activations"] < 0.7 * one["activations"]
-
-
-def test_the_mean_speed_leaves_out_the_first_steps(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr("m2rnn.training.throughput.time.monotonic", lambda: clock[0])
-    throughput = Throughput(tokens=100, flops=6, peak=1200.0)
-    for seconds in (50, 20, 10, 10, 10, 2, 4):  # of a step
-        clock[0] += seconds
-        throughput.step()
-        assert throughput.last == 100 / seconds
-    assert throughput.mean == 200 / 6
-    assert throughput.utilisation(100.0) == 0.5
-    assert Throughput(100, 6, None).utilisation(100.0) is None
-
-
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA H200 NVL", 835e12),
-        ("NVIDIA GH200 480GB", 989e12),
-        ("NVIDIA B200", 2250e12),
-        ("NVIDIA GB200", 2500e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA GeForce RTX 4090", 165e12),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("NVIDIA H20", None),
-    ],
-)
-def test_the_peak_is_that_of_the_gpu_itself(name, peak):
-    assert peak_of(name) == peak
-
-
 def test_an_error_in_the_first_step_leaves_the_folder_to_other_settings(tmp_path, data, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointingTrainer, "compute_loss", out_of_memory)
@@ -815,25 +504,6 @@ def test_too_little_gpu_memory_is_one_line(tmp_path, data, monkeypatch):
 
 def out_of_memory(*_: object, **__: object) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipes_make_a_model_a_schedule_and_a_plan(data, recipe):
-    settings = load_settings(recipe, ["device=cpu"], {"data": data})
-    config = build_config(settings, TokenDataset(data))
-    with torch.device("meta"):
-        model = M2RNNForCausalLM(config)
-    assert settings.steps > settings.warmup_steps > 0
-    assert settings.accumulation(1) * settings.micro_batch_size == settings.batch_size
-    if recipe.stem in ("410m", "7b"):
-        assert 4e6 < settings.batch_size * settings.context < 4.3e6
-        assert (settings.steps, settings.warmup_steps, settings.learning_rate) == (25000, 2500, 3e-4)
-        assert model.num_parameters() == {"410m": 512_951_624, "7b": 6_948_251_800}[recipe.stem]
-        for processes in (8, 32, 64):
-            settings.accumulation(processes)
-    text = dry_run(settings)
-    assert f"{model.num_parameters():,} parameters" in text
-    assert "GiB" in text
 
 
 def test_the_laptop_recipe_runs_short(tmp_path, data):

@@ -1,0 +1,144 @@
+"""Settings that cannot work are named before anything is trained; plans and recipes say what will be."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from m2rnn.data.token_files import TokenDataset
+from m2rnn.models import M2RNNForCausalLM
+from m2rnn.training.throughput import Throughput, peak_of
+from m2rnn.training.train import build_config, dry_run, train
+from m2rnn.training.train_report import memory_per_process
+from m2rnn.training.train_settings import SettingsError, load_settings
+from tests.training.train_runs import settings_of
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stepz=3", r"unknown key 'stepz'; known: preset, data, .*steps"),
+        ("steps=many", r"steps 'many': expected a whole number"),
+        ("steps=2.5", r"steps 2.5: expected a whole number"),
+        ("learning_rate=[1]", r"learning_rate \[1\]: expected a number"),
+        ("compile=1", r"compile 1: expected true or false"),
+        ("learning_rate=-1", r"learning_rate -1.0: expected a number above 0"),
+        ("warmup_steps=6", r"warmup_steps 6: expected at least 0 and less than steps"),
+        ("precision=float16", r"precision 'float16': expected one of"),
+        ("nonsense", r"'nonsense': expected KEY=VALUE"),
+        ("steps.x=1", r"key 'steps.x': only model has parts"),
+        ("preset=none", r"unknown preset 'none'"),
+        ("model.hidden_sizes=3", r"model.hidden_sizes: expected a field of M2RNNConfig"),
+        ("model.vocab_size=8", r"model.vocab_size 8: expected at least 256, the token ids"),
+        ("model.hidden_size=wide", r"hidden_size.* expected int, got str .*'wide'"),
+        ("model.hidden_size=15", r"must divide hidden_size \(15\)"),
+        ("report_to=[tensorbord]", r"report_to \['tensorbord'\]: tensorbord is not supported, only .*tensorboard"),
+        ("model.hidden_size=-16", r"'hidden_size': -16.*negative dimension -16"),
+        ("model.mixer_options.m2rnn.state_clip=-1", r"state_clip is -1 \(int\), expected a positive number or None"),
+        ("model.mixer_options.m2rnn.backend=cpp", r"backend is 'cpp', expected one of 'reference', 'cpu'"),
+        ("model.mixer_options=8", r"model.mixer_options 8: expected names with options"),
+        ("model.mixer_options.m2rnn=8", r"model.mixer_options \{'m2rnn': 8\}: expected names with options"),
+        ("fsdp_bfloat16=true precision=float32", r"fsdp_bfloat16 True: expected false with precision float32"),
+        ("seed=-1", r"seed -1: expected a whole number of at least 0"),
+        ("seed=4294967296", r"seed 4294967296: expected a whole number of .* less than 2\*\*32"),
+        ("batch_size=3", r"batch_size 3: expected a multiple of 2"),
+        ("keep_checkpoints=1", r"keep_checkpoints 1: expected at least 2"),
+        ("valid_sequences=-1", r"valid_sequences -1: expected a whole number of at least 0"),
+        ("steps=true", r"steps True: expected a whole number"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(tmp_path, data, override, message):
+    with pytest.raises(SettingsError, match=message):
+        train(settings_of(data, *override.split()), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_are_numbers_with_and_without_a_dot(data):
+    settings = settings_of(data, "learning_rate=1e-3", "epsilon=1.0e-9", "model.rms_norm_eps=1e-4", "weight_decay=1e+2")
+    assert (settings.learning_rate, settings.epsilon, settings.weight_decay) == (1e-3, 1e-9, 100.0)
+    config = build_config(settings_of(data, "model.rms_norm_eps=1e-4", "model.embedding_range=1"), TokenDataset(data))
+    assert (config.rms_norm_eps, config.embedding_range) == (1e-4, 1.0)
+    assert build_config(settings_of(data, "model.rms_norm_eps=1"), TokenDataset(data)).rms_norm_eps == 1.0
+
+
+def test_an_override_changes_one_of_two_parts_that_a_recipe_shares(tmp_path, data):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("preset: tiny-m2rnn\nmodel: {mixer_options: {m2rnn: &heads {num_heads: 4}, attention: *heads}}\n")
+    settings = load_settings(recipe, ["model.mixer_options.m2rnn.num_heads=8"], {"data": data})
+    assert settings.model["mixer_options"] == {"m2rnn": {"num_heads": 8}, "attention": {"num_heads": 4}}
+
+
+def test_the_planned_memory_of_attention_grows_with_the_context_alone(data):
+    def planned(context: int) -> float:
+        settings = settings_of(data, "preset=tiny-transformer", f"context={context}")
+        return memory_per_process(settings, build_config(settings, TokenDataset(data)), 1, False)["activations"]
+
+    assert planned(512) == pytest.approx(4 * planned(128), rel=0.01)
+
+
+def test_the_planned_memory_is_of_float32_weights_gradients_and_two_moments(data):
+    def planned(processes: int, *overrides: str) -> dict[str, float]:
+        settings = settings_of(data, *overrides)
+        return memory_per_process(settings, build_config(settings, TokenDataset(data)), processes, False)
+
+    config = build_config(settings_of(data), TokenDataset(data))
+    amount = 4 * sum(weight.numel() for weight in M2RNNForCausalLM(config).parameters())
+    one = planned(1)
+    assert (one["weights"], one["gradients"], one["moments"]) == (amount, amount, 2 * amount)
+    assert one["together"] == 4 * amount + one["activations"]
+    assert planned(2)["weights"] == amount
+    assert planned(2, "fsdp=true")["moments"] == amount
+    assert planned(1, "micro_batch_size=4")["activations"] == pytest.approx(2 * one["activations"], rel=0.01)
+    assert planned(1, "checkpoint_activations=true")["activations"] < 0.7 * one["activations"]
+
+
+def test_the_mean_speed_leaves_out_the_first_steps(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("m2rnn.training.throughput.time.monotonic", lambda: clock[0])
+    throughput = Throughput(tokens=100, flops=6, peak=1200.0)
+    for seconds in (50, 20, 10, 10, 10, 2, 4):  # of a step
+        clock[0] += seconds
+        throughput.step()
+        assert throughput.last == 100 / seconds
+    assert throughput.mean == 200 / 6
+    assert throughput.utilisation(100.0) == 0.5
+    assert Throughput(100, 6, None).utilisation(100.0) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H20", None),
+    ],
+)
+def test_the_peak_is_that_of_the_gpu_itself(name, peak):
+    assert peak_of(name) == peak
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_make_a_model_a_schedule_and_a_plan(data, recipe):
+    settings = load_settings(recipe, ["device=cpu"], {"data": data})
+    config = build_config(settings, TokenDataset(data))
+    with torch.device("meta"):
+        model = M2RNNForCausalLM(config)
+    assert settings.steps > settings.warmup_steps > 0
+    assert settings.accumulation(1) * settings.micro_batch_size == settings.batch_size
+    if recipe.stem in ("410m", "7b"):
+        assert 4e6 < settings.batch_size * settings.context < 4.3e6
+        assert (settings.steps, settings.warmup_steps, settings.learning_rate) == (25000, 2500, 3e-4)
+        assert model.num_parameters() == {"410m": 512_951_624, "7b": 6_948_251_800}[recipe.stem]
+        for processes in (8, 32, 64):
+            settings.accumulation(processes)
+    text = dry_run(settings)
+    assert f"{model.num_parameters():,} parameters" in text
+    assert "GiB" in text
