@@ -46,7 +46,11 @@ _poison_uninitialised_memory()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--exhaustive", action="store_true", help="test tanh on every float32, minutes instead of seconds")
+    parser.addoption(
+        "--exhaustive",
+        action="store_true",
+        help="also what takes minutes: tanh of every float32, every launch configuration of fla",
+    )
     parser.addoption("--fuzz-seconds", type=float, default=2.0, help="how long the seeded fuzz runs")
     parser.addoption("--fuzz-seed", type=int, default=0, help="first seed of the fuzz")
 

@@ -164,6 +164,7 @@ def _delta(*inputs: Tensor) -> Tensor:
         raise RuntimeError(reason)
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
+    fla.drop_wrong_configurations(q.device)
     y: Tensor = chunk_gated_delta_rule(*inputs, use_qk_l2norm_in_kernel=True)[0]
     return y
 

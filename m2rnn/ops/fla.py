@@ -1,5 +1,6 @@
 """The linear recurrences by the GPU kernels of flash-linear-attention, where they can run and are right."""
 
+import importlib
 import importlib.metadata
 import importlib.util
 import re
@@ -15,6 +16,8 @@ HOPPER = 9
 WRONG_TRITON = (3, 4, 0), (3, 7, 1)
 #: The first assembler in which NVIDIA names the faults with Hopper's asynchronous matrix products as mended
 GOOD_PTXAS = (13, 3)
+#: Of a block of the delta rule's last kernel; with more, its gradient of k is a race on Hopper
+RIGHT_WARPS = 2
 
 
 def why_not(device: torch.device, dtype: torch.dtype, key_dim: int, *, trained: bool, delta: bool) -> str | None:
@@ -58,6 +61,25 @@ def _why_no_gradient(device: torch.device, delta: bool) -> str | None:
         ptxas = f"ptxas {_dotted(ptxas_version())}" if any(ptxas_version()) else "a ptxas of unknown version"
         return f"with {triton} and its assembler, {ptxas}, {wrong} or fail: {newer}, or {assembler}"
     return None
+
+
+@torch.compiler.assume_constant_result
+def drop_wrong_configurations(device: torch.device) -> bool:
+    """Take from fla's search for launch configurations those that compute wrong gradients; whether the GPU has such.
+
+    On Hopper the last kernel of the delta rule's backward pass, with four warps, sometimes returns a gradient of k that
+    is wrong by orders of magnitude (seen with Triton 3.7.1 and ptxas 13.5). fla keeps to two warps there for the rule
+    without gates (its pull request 988), but not for this one.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != HOPPER:
+        return False
+    wy_fast = importlib.import_module("fla.ops.gated_delta_rule.wy_fast")
+    tuner = wy_fast.prepare_wy_repr_bwd_kernel
+    while not hasattr(tuner, "configs"):
+        tuner = tuner.fn  # of Triton's heuristics around it
+    tuner.configs = [config for config in tuner.configs if config.num_warps <= RIGHT_WARPS]
+    tuner.cache = {key: config for key, config in tuner.cache.items() if config.num_warps <= RIGHT_WARPS}
+    return True
 
 
 def _dotted(version: tuple[int, ...]) -> str:
@@ -112,6 +134,7 @@ def gated_delta(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """``gated_delta_scan`` for at least one token: y and the final states."""
+    drop_wrong_configurations(q.device)
     writes = k.shape[2]
     k, v, beta = k.flatten(1, 2), v.flatten(1, 2), beta.to(q.dtype).flatten(1, 2)
     options = {
