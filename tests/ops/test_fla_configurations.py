@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from m2rnn.ops import fla
+from m2rnn.ops.linear_scan import gated_delta_scan
 from tests.ops.test_linear_scan import WIDE, Case, needs_fla
 from tests.tolerances import TOLERANCES, relative_error
 
@@ -131,3 +132,25 @@ def test_the_delta_rule_drops_them_first(writes: int, monkeypatch: pytest.Monkey
     case = Case((4,), writes=writes)
     case.scan(case.tensors(), "fla")
     assert events == ["drop", "run"]
+
+
+def test_a_compiled_model_reaches_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fla's functions break the graph; what is done before them must not end the compilation."""
+    calls = []
+
+    @torch.compiler.disable
+    def kernel(q: Tensor, k: Tensor, v: Tensor, *_: Tensor, **__: object) -> tuple[Tensor, Tensor]:
+        calls.append(q.shape)
+        return 2 * v, v.new_zeros(1)
+
+    for name in ("fla", "fla.ops"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", SimpleNamespace(chunk_gated_delta_rule=kernel))
+    monkeypatch.setattr(fla, "why_not", lambda *_, **__: None)
+    torch.compiler.reset()
+    case = Case((4,))
+    inputs = {name: x.detach() for name, x in case.tensors().items()}
+    scan = torch.compile(lambda **x: gated_delta_scan(**x, backend="fla")[0] + 1, backend="aot_eager")
+    for _ in range(2):
+        assert torch.equal(scan(**inputs), 2 * inputs["v"][:, :, 0] + 1)
+    assert len(calls) == 2
