@@ -13,6 +13,7 @@ CASES = [
     Case(batch=1, time=130, key=64, value=16, heads=(1, 1, 2, 2, 2)),
     Case(batch=2, time=33, key=17, value=33, heads=(2, 3, 6, 1, 6), dtype=torch.bfloat16),
     Case(lengths=(3, 0, 65, 1, 31), key=7, value=8, heads=(4, 2, 4, 2, 1)),
+    Case(batch=1, time=300, key=5, value=8, heads=(1, 3, 6, 2, 1)),  # units of 2 heads, of which f has one for 3
 ]
 
 

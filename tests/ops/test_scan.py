@@ -263,6 +263,41 @@ def test_overflowing_preactivation_saturates(backend: str, device: str) -> None:
     assert y.flatten().tolist() == [0.5, -0.25, 0.375]
 
 
+@pytest.mark.parametrize("value", [3, 16])
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_an_infinite_input_saturates(name: str, value: int, backend: str, device: str) -> None:
+    """And stays out of what it does not touch: in the kernels' padding 0 · inf is NaN."""
+    if backend in ("triton", "cuda"):
+        pytest.skip("matrix products of a GPU take the padding too")
+    results = []
+    for kernel in (backend, "reference"):
+        problem = make_problem(Case(time=40, key=3, value=value, clip=0.1), device=device)
+        with torch.no_grad():
+            problem.inputs[name][0, 20, 0, 1] = torch.inf
+        results.append(run(problem, kernel))
+    found, expected = results
+    assert expected["y"].isfinite().all()
+    for key in found if name == "v" else ("y", "final_state"):
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize(("dtype", "dropped"), [(torch.bfloat16, 16), (torch.float16, 13)])
+def test_y_is_rounded_to_nearest_even(dtype: torch.dtype, dropped: int, backend: str, device: str) -> None:
+    """With q and f 1, y is the state, here halfway between two numbers of y's dtype, or next to that, or any NaN."""
+    if backend in ("triton", "cuda"):
+        pytest.skip("y is a matrix product of parts there")
+    case = Case(time=1, key=1, value=67, heads=(1, 1, 1, 1, 1), dtype=dtype)
+    inputs = make_problem(case, device=device, grads=()).inputs
+    inputs["q"].fill_(1)
+    inputs["f"].fill_(1)
+    bits = inputs["initial_state"].view(torch.int32)
+    halfway = (bits >> dropped << dropped) + (1 << dropped - 1)
+    for x in (halfway - 1, halfway, halfway + 1, torch.full_like(bits, 0x7FFFFFFF)):
+        inputs["initial_state"] = x.view(torch.float32)
+        y, _ = m2rnn_scan(**inputs, backend=backend)
+        torch.testing.assert_close(y.view(67), x.view(torch.float32).view(67).to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
 def test_automatic_choice_of_backend_computes_the_same() -> None:
     case = Case(batch=2, time=33, heads=(1, 1, 4, 4, 4))
     check(run(make_problem(case), None), truth(case), case)
