@@ -58,12 +58,7 @@ def test_operators_are_registered(backend: str, device: str) -> None:
     assert any("backward" not in name for name in names), names
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_opcheck(case: Case, backend: str, device: str) -> None:
-    """Schema, fake kernel and autograd registration of each operator, on the arguments of real calls."""
-    if backend == "reference":  # a long unrolled loop shows nothing more
-        case = replace(case, time=2, lengths=None if case.lengths is None else (1, 0, 1))
-    calls = _calls(case, backend, device)
+def _opcheck(calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]) -> None:
     assert calls
     for func, args, kwargs in calls:
 
@@ -73,6 +68,32 @@ def test_opcheck(case: Case, backend: str, device: str) -> None:
             return x.detach().clone().requires_grad_(x.is_floating_point() and "backward" not in name)
 
         library.opcheck(func, tuple(map(copy, args)), {key: copy(x) for key, x in kwargs.items()})
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_opcheck(case: Case, backend: str, device: str) -> None:
+    """Schema, fake kernel and autograd registration of each operator, on the arguments of real calls."""
+    if backend == "reference":  # a long unrolled loop shows nothing more
+        case = replace(case, time=2, lengths=None if case.lengths is None else (1, 0, 1))
+    _opcheck(_calls(case, backend, device))
+
+
+@pytest.mark.parametrize("narrow", ["v", "weight", "initial_state"])
+def test_opcheck_of_mixed_dtypes(narrow: str, backend: str, device: str) -> None:
+    """Autograd would cast a gradient of the wrong dtype; compiled code believes the fake kernel instead."""
+    problem = make_problem(Case(time=2), device=device)
+    problem.inputs[narrow] = problem.inputs[narrow].detach().bfloat16().requires_grad_()
+    with _Recorder() as recorder:
+        run(problem, backend)
+    _opcheck(recorder.calls)
+
+
+def test_no_states_are_saved_without_gradients(backend: str, device: str) -> None:
+    with _Recorder() as recorder:
+        run(make_problem(Case(time=100), device=device, grads=()), backend)
+    ((func, args, kwargs),) = recorder.calls
+    *_, saved = func(*args, **kwargs)
+    assert saved.numel() == 0
 
 
 def test_opcheck_of_the_step() -> None:

@@ -66,6 +66,17 @@ def test_dtypes_of_results(case: Case, backend: str, device: str) -> None:
         assert x.dtype == expected, f"{name} is {x.dtype}"
 
 
+@pytest.mark.parametrize("wide", ["q", "k", "v", "f", "weight"])
+def test_any_input_in_float64_makes_the_state_float64(wide: str, backend: str, device: str) -> None:
+    if backend == "cuda":
+        pytest.skip("not in float64")
+    problem = make_problem(Case(time=20, clip=0.1), device=device)
+    problem.inputs[wide] = problem.inputs[wide].detach().double().requires_grad_()
+    results, expected = run(problem, backend), run_autograd(problem.as_double())
+    for name in ("final_state", wide):
+        assert_close(results[name], expected[name], torch.float64, KIND.get(name, "gradient"), name)
+
+
 SUBSETS = [
     ("q",),
     ("k",),
