@@ -179,6 +179,32 @@ def test_damaged_cache_file_is_not_loaded(damage: str, tmp_path: Path) -> None:
 
 
 @needs_cpu
+def test_kernels_in_the_cache_are_for_this_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home may be shared by machines, whose processors do not have all of each other's instructions."""
+    from m2rnn.ops import cpu_code
+
+    paths = {cpu_code._cache_path(name, bits) for name in ("forward", "backward") for bits in (32, 64)}
+    monkeypatch.setattr(cpu_code, "_features", lambda: "+other")
+    paths.add(cpu_code._cache_path("forward", 32))
+    monkeypatch.setattr(cpu_code.llvm, "get_host_cpu_name", lambda: "other")
+    paths.add(cpu_code._cache_path("forward", 32))
+    assert len(paths) == 6
+
+
+@needs_cpu
+def test_kernels_in_the_cache_are_of_this_source() -> None:
+    """All that the kernels are made of counts, else an upgrade would run those of the version before."""
+    _child("""
+from pathlib import Path
+before = set(sys.modules)
+import m2rnn.ops.cpu_kernels, m2rnn.ops.rnn_kernels
+from m2rnn.ops import cpu_code
+new = {Path(module.__file__) for name, module in sys.modules.items() if name[:5] == "m2rnn" and name not in before}
+assert new == set(cpu_code._SOURCES), new
+""")
+
+
+@needs_cpu
 def test_threads_may_be_the_first_to_use_a_kernel_together() -> None:
     """Each may load one, of which one is kept: those that are dropped take nothing of the others with them."""
     _child("""
