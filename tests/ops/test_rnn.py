@@ -171,6 +171,8 @@ LARGE = [
     Case(lengths=(33, 0, 70, 1, 16, 17, 15, 2, 31, 32, 64, 5), heads=2, units=8, clip=0.1),
     Case(lengths=(1,) * 40 + (50,), heads=3, units=20, dtype=torch.float16),
     Case(batch=1, time=600, heads=40, units=7, dtype=torch.float64),
+    Case(batch=8, time=3, heads=37, units=16),  # units of two and of three heads
+    Case(batch=150, time=2, units=3),  # more tiles than ranges of them
 ]
 
 
@@ -355,6 +357,22 @@ def test_gradients_of_some_inputs_equal_those_of_all(matrices: int, kernel: str)
         check(run(problem, kernel), expected, case.dtype)
 
 
+def _opcheck(problem: Problem, kernel: str) -> None:
+    case = problem.case
+    xs, ws = ([problem.inputs[n] for n in NAMES[case.matrices] if n.startswith(letter)] for letter in "xw")
+    initial = problem.inputs.get("initial_state")
+    arguments = (xs, ws, initial, problem.cu_seqlens, True, case.clip, kernel)
+    library.opcheck(torch.ops.m2rnn.vector_scan.default, arguments)
+    with torch.no_grad():
+        y, final = torch.ops.m2rnn.vector_scan(*arguments)
+        detached = [[x.detach() for x in tensors] for tensors in (xs, ws)]
+        initial = None if initial is None else initial.detach()
+        library.opcheck(
+            torch.ops.m2rnn.vector_scan_backward.default,
+            (y, final, *detached, initial, y, problem.cu_seqlens, case.clip, kernel),
+        )
+
+
 @pytest.mark.parametrize("matrices", SCANS)
 @_backends()
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of dynamo's own
@@ -363,19 +381,29 @@ def test_operators_are_registered_properly(matrices: int, kernel: str) -> None:
         Case(matrices, time=1, heads=1, clip=0.1),
         Case(matrices, lengths=(1, 0), heads=1, initial=False, dtype=torch.bfloat16),
     ):
-        problem = make(case, _device(kernel))
-        xs, ws = ([problem.inputs[n] for n in NAMES[matrices] if n.startswith(letter)] for letter in "xw")
-        initial = problem.inputs.get("initial_state")
-        arguments = (xs, ws, initial, problem.cu_seqlens, True, case.clip, kernel)
-        library.opcheck(torch.ops.m2rnn.vector_scan.default, arguments)
-        with torch.no_grad():
-            y, final = torch.ops.m2rnn.vector_scan(*arguments)
-            detached = [[x.detach() for x in tensors] for tensors in (xs, ws)]
-            initial = None if initial is None else initial.detach()
-            library.opcheck(
-                torch.ops.m2rnn.vector_scan_backward.default,
-                (y, final, *detached, initial, y, problem.cu_seqlens, case.clip, kernel),
-            )
+        _opcheck(make(case, _device(kernel)), kernel)
+
+
+@pytest.mark.parametrize("narrow", ["x", "weight", "initial_state"])
+@_backends("reference", "cpu")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of dynamo's own
+def test_mixed_dtypes_are_registered_properly(narrow: str, kernel: str) -> None:
+    """Autograd would cast a gradient of the wrong dtype; compiled code believes the fake kernel instead."""
+    problem = make(Case(time=2, heads=1))
+    problem.inputs[narrow] = problem.inputs[narrow].detach().bfloat16().requires_grad_()
+    _opcheck(problem, kernel)
+
+
+@pytest.mark.parametrize("wide", NAMES[3])
+@_backends("reference", "cpu")
+def test_any_input_in_float64_makes_the_state_float64(wide: str, kernel: str) -> None:
+    problem = make(Case())
+    problem.inputs[wide] = problem.inputs[wide].detach().double().requires_grad_()
+    results, expected = run(problem, kernel), truth(problem)
+    assert_close(results["final_state"], expected["final_state"], torch.float64, "state", "final_state")
+    if wide.startswith("x"):  # else the backward pass has the state in y's dtype
+        assert_close(results["y"], expected["y"], torch.float64, "output", "y")
+        assert_close(results[wide], expected[wide], torch.float64, "gradient", wide)
 
 
 @pytest.mark.parametrize("matrices", SCANS)
@@ -422,6 +450,18 @@ def test_autocast_casts_the_inputs_alone(matrices: int) -> None:
     for name, x in problem.inputs.items():
         assert results[name].dtype == x.dtype
         assert_close(results[name], expected[name], torch.bfloat16, "gradient", name)
+
+
+@pytest.mark.parametrize("wide", ["x", "x_forget", "x_reset"])
+def test_autocast_leaves_float64_alone(wide: str) -> None:
+    """As PyTorch's own: who passes float64 wants its precision."""
+    inputs = {name: x.detach() for name, x in make(Case()).inputs.items()}
+    inputs[wide] = inputs[wide].double()
+    expected, _ = gru_scan(**inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = gru_scan(**inputs)
+    assert y.dtype == torch.float64
+    assert torch.equal(y, expected)
 
 
 BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
