@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from m2rnn.ops import scan
+from m2rnn.ops import rnn, scan
 from m2rnn.ops.cuda import launch
 
 GPU = SimpleNamespace(
@@ -107,3 +107,17 @@ def test_triton_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="triton is not installed: pip install triton"):
         _resolve("cuda", "triton")
+
+
+@pytest.mark.parametrize(("units", "dtype"), [(64, torch.float32), (32, torch.float64)])
+def test_vector_recurrences_take_triton_as_far_as_its_registers_reach(
+    units: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rnn, "why_unavailable", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for more, reason in ((0, None), (1, f"V is {units + 1}, and the Triton kernels take up to {units}")):
+        x: Any = SimpleNamespace(device=torch.device("cuda"), shape=(1, 5, 2, units + more), is_meta=False)
+        assert rnn._why_not("triton", x, dtype) == reason
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU X")
+    assert rnn._why_not("triton", x, dtype) == "GPU X is too old for Triton, which needs compute capability 8.0"
