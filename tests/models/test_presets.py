@@ -252,6 +252,40 @@ def test_state_tracking_models_have_the_same_budget(name: str) -> None:
     assert size_of(presets.get(name)).parameters == pytest.approx(59_000, rel=0.02)
 
 
+PLAIN = {"conv_size": None, "activation": None}
+DELTA = {"key_dim": 16, "value_dim": 32, **PLAIN}
+
+
+@pytest.mark.parametrize(
+    ("mixer", "pattern", "options"),  # beyond the number of parameters, which other options would leave as it is
+    [
+        (
+            "m2rnn",
+            "M",
+            {"num_heads": 8, "num_q_heads": 8, "num_k_heads": 8, "key_dim": 4, "value_dim": 32, "weight_init": "normal"}
+            | {"A_range": [4.0, 16.0], "dt_range": [0.3, 1.0], **PLAIN},
+        ),
+        ("gru", "U", {"num_heads": 3, "head_dim": 32, "gate": False, "weight_std": None, **PLAIN}),
+        ("rnn", "R", {"num_heads": 4, "head_dim": 48, "gate": False, "weight_std": None, **PLAIN}),
+        ("gated_deltanet", "G", {"num_heads": 4, **DELTA}),
+        ("gated_deltanet_negative", "G", {"num_heads": 4, "negative_eigenvalues": True, **DELTA}),
+        (
+            "gated_deltaproduct2",
+            "G",
+            {"num_heads": 3, "num_householder": 2, "negative_eigenvalues": True, **DELTA},
+        ),
+        ("mamba2", "S", {"num_heads": 4, "state_size": 64, "inner_size": 128, **PLAIN}),
+        ("attention", "AA", {"num_heads": 4, "rope_theta": 10_000.0}),
+    ],
+)
+def test_state_tracking_models_are_the_documented_ones(mixer: str, pattern: str, options: dict[str, object]) -> None:
+    config = presets.state_tracking(mixer)
+    assert presets.pattern_of(config) == pattern
+    assert config.mixer_options == {config.mixers[0]: options}
+    assert config.mlps == (["none"] if mixer == "m2rnn" else ["swiglu"] * len(pattern))
+    assert config.embedding_range == 1.0
+
+
 def test_overrides_reach_single_options() -> None:
     config = presets.state_tracking(
         vocab_size=60, mixer_options={"m2rnn": {"value_dim": 16}}, hidden_size=32, tie_word_embeddings=True
