@@ -295,6 +295,8 @@ def test_overrides_reach_single_options() -> None:
     assert (config.vocab_size, config.hidden_size, config.tie_word_embeddings) == (60, 32, True)
     assert presets.state_tracking().mixer_options["m2rnn"]["value_dim"] == 32
     assert presets.state_tracking(mixers=["m2rnn", "m2rnn"]).mlps == ["none", "none"]
+    experts = presets.get("tiny-moe-m2rnn", mlp_options={"moe": {"num_experts": 4}}).mlp_options["moe"]
+    assert experts == presets.get("tiny-moe-m2rnn").mlp_options["moe"] | {"num_experts": 4}
 
 
 @pytest.mark.parametrize("name", TINY)

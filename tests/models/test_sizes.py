@@ -64,6 +64,19 @@ def test_work_of_attention_is_that_of_the_matrix_products() -> None:
     assert counter.get_total_flops() == steps * (causal + hidden_positions)
 
 
+def test_parameters_of_a_layer_are_those_of_its_mixer_and_mlp() -> None:
+    config = presets.from_pattern("MAG", "tiny", mlps=["swiglu", "none", "swiglu"])
+    layers = M2RNNForCausalLM(config).model.layers
+    modules = {name: layer.mixer for name, layer in zip(config.mixers, layers, strict=True)} | {"swiglu": layers[0].mlp}
+    counts = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
+    assert size_of(config).per_layer == counts
+
+
+def test_work_is_that_of_contexts_of_4096_tokens_unless_told() -> None:
+    config = presets.get("tiny-transformer")
+    assert size_of(config) == size_of(config, context=4096)
+
+
 def test_sharing_the_embedding_counts_it_once() -> None:
     free, tied = (size_of(presets.get("tiny-rnn", tie_word_embeddings=tied)) for tied in (False, True))
     assert free.parameters - tied.parameters == 512 * 64
