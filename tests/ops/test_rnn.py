@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, library
 
-from m2rnn.ops import rnn_reference
+from m2rnn.ops import rnn, rnn_reference
 from m2rnn.ops.rnn import gru_scan, rnn_scan
 from tests.ops.ahead_of_time import compile_kernels
 from tests.ops.cases import lay_out
@@ -439,10 +439,11 @@ def test_forward_mode_is_refused(matrices: int) -> None:
 
 
 @pytest.mark.parametrize("matrices", SCANS)
-def test_autocast_casts_the_inputs_alone(matrices: int) -> None:
+@_backends("reference", "cpu")
+def test_autocast_casts_the_inputs_alone(matrices: int, kernel: str) -> None:
     problem = make(Case(matrices, time=20))
     with torch.autocast("cpu", torch.bfloat16):
-        results = run(problem, None)
+        results = run(problem, kernel)
     assert results["y"].dtype == torch.bfloat16
     assert results["final_state"].dtype == torch.float32
     expected = truth(problem)
@@ -450,6 +451,12 @@ def test_autocast_casts_the_inputs_alone(matrices: int) -> None:
     for name, x in problem.inputs.items():
         assert results[name].dtype == x.dtype
         assert_close(results[name], expected[name], torch.bfloat16, "gradient", name)
+    for name in NAMES[matrices]:
+        if name.startswith("x"):
+            problem.inputs[name] = problem.inputs[name].detach().bfloat16().requires_grad_()
+    problem.cotangents["y"] = problem.cotangents["y"].bfloat16()
+    for name, x in run(problem, kernel).items():
+        assert torch.equal(results[name].to(x.dtype), x), name
 
 
 @pytest.mark.parametrize("wide", ["x", "x_forget", "x_reset"])
@@ -494,6 +501,19 @@ def test_bad_offsets_are_refused() -> None:
     good = {name: x.detach() for name, x in make(Case(1, lengths=(2, 3))).inputs.items()}
     with pytest.raises(ValueError, match="rise from 0 to T = 5"):
         rnn_scan(**good, cu_seqlens=torch.tensor([0, 4, 2]))
+
+
+def test_offsets_may_go_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, reading them waits for all work before."""
+    inputs = {name: x.detach() for name, x in make(Case(1, lengths=(2, 3))).inputs.items()}
+    monkeypatch.setattr(rnn, "validate_offsets", lambda *_: pytest.fail("read"))
+    rnn_scan(**inputs, cu_seqlens=torch.tensor([0, 2, 5]), check_offsets=False)
+
+
+@pytest.mark.parametrize("matrices", SCANS)
+def test_the_final_state_is_returned_on_request(matrices: int) -> None:
+    inputs = make(Case(matrices)).inputs
+    assert SCANS[matrices](**inputs)[1] is None
 
 
 COMPILE = """
