@@ -366,10 +366,15 @@ def _in_child(queue: Any, case: Case) -> None:
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
-def test_works_in_a_forked_child_after_use_in_the_parent(backend: str, device: str) -> None:
+@pytest.mark.parametrize("pool", [False, True])
+def test_works_in_a_forked_child_after_use_in_the_parent(
+    pool: bool, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Threads do not survive a fork: the child must start its own, not wait for the parent's."""
     if backend != "cpu":
         pytest.skip("the backend keeps no threads of its own")
+    if pool:  # as where PyTorch does not run on GNU OpenMP
+        monkeypatch.setattr("m2rnn.ops.cpu._openmp", lambda: None)
     case = Case(batch=3, time=40, heads=(1, 1, 4, 4, 4))
     expected = _outputs(case)
     context = multiprocessing.get_context("fork")
