@@ -158,7 +158,7 @@ SMALL = [
     Case(dtype=torch.bfloat16, weights=torch.float32, units=16, heads=3, clip=0.1),
     Case(lengths=(0, 4, 3, 1), clip=0.1),
     Case(lengths=(3, 0, 0, 2), initial=False, dtype=torch.bfloat16),
-    Case(lengths=(2,) * 18, units=4, heads=1, dtype=torch.float16),
+    Case(lengths=(2,) * 18, units=4, dtype=torch.float16),  # two blocks of each of two heads
     Case(time=0),
     Case(batch=0),
     Case(lengths=(0, 0), clip=0.1),
@@ -275,6 +275,18 @@ def test_mutation_is_caught(mutation: str, matrices: int) -> None:
 
 @pytest.mark.parametrize("matrices", SCANS)
 @_backends("cpu", "triton")
+def test_gradients_below_the_range_of_float16_count(matrices: int, kernel: str) -> None:
+    """As they are of a loss that is not scaled; those of the state and the weights, in float32, can hold them."""
+    problem = make(Case(matrices, time=3, dtype=torch.float16, weights=torch.float32), _device(kernel))
+    problem.cotangents["y"].zero_()
+    problem.cotangents["final_state"].mul_(2**-27)
+    results, expected = run(problem, kernel), truth(problem)
+    wide = [name for name in problem.inputs if not name.startswith("x")]
+    check({name: results[name] for name in wide}, {name: expected[name] for name in wide}, torch.float16)
+
+
+@pytest.mark.parametrize("matrices", SCANS)
+@_backends("cpu", "triton")
 def test_packed_sequences_keep_the_bits_of_each_alone(matrices: int, kernel: str) -> None:
     lengths = (3, 0, 5, 1) if kernel == "triton" else (33, 0, 50, 1)
     case = Case(matrices, lengths=lengths, clip=0.1)
@@ -320,6 +332,18 @@ def test_nan_stays_in_its_sequence_and_stays_nan(spoilt: str, matrices: int, ker
     assert results["weight"].isnan().all()
     assert results["x"][:, 2].isnan().all()
     assert results["y"][:, 3].isnan().all() == (spoilt in ("x", "initial_state"))
+
+
+@pytest.mark.parametrize("matrices", SCANS)
+@_backends()
+@pytest.mark.parametrize("spoilt", ["initial_state", "final_state"])
+def test_nan_of_an_empty_sequence_reaches_no_weight(spoilt: str, matrices: int, kernel: str) -> None:
+    case = Case(matrices, lengths=(2, 0, 3), heads=1)
+    clean, problem = run(make(case, _device(kernel)), kernel), make(case, _device(kernel))
+    with torch.no_grad():
+        (problem.inputs if spoilt in problem.inputs else problem.cotangents)[spoilt][1] = torch.nan
+    for name, x in run(problem, kernel).items():
+        assert torch.equal(x[[0, 2]], clean[name][[0, 2]]) if name.endswith("state") else torch.equal(x, clean[name])
 
 
 @pytest.mark.parametrize("matrices", SCANS)
