@@ -171,6 +171,14 @@ def test_bias_and_starts_at_any_strides(layout: str) -> None:
     check(run(problem), problem)
 
 
+@runs_triton
+def test_x_and_the_gradient_of_y_at_different_strides() -> None:
+    """x a part of a wide projection, the gradient dense: other divisors of their strides, so other loads."""
+    problem = make(Case(channels=4, layout="sliced"))
+    problem = replace(problem, dy=problem.dy.contiguous())
+    check(run(problem), problem)
+
+
 @on_gpu
 def test_the_same_bits_on_every_run() -> None:
     problem = make(LARGE[1])
