@@ -72,6 +72,14 @@ def test_gradient_of_a_certain_token_keeps_its_digits() -> None:
     assert losses.item() == pytest.approx(-(1 + exact[0, 5]).log().item(), abs=1e-6)
 
 
+def test_gradients_of_many_chunks_add_up() -> None:
+    """300 small numbers of one sign, of which a sum in bfloat16 would lose what comes after 256."""
+    hidden, weight, labels = problem(1, 64, 8, torch.bfloat16)
+    weight = weight.float().requires_grad_()
+    linear_cross_entropy(hidden.expand(300, -1), weight, labels.expand(300), torch.bfloat16, 1).backward()
+    assert_close(weight.grad, 300 * reference(hidden, weight, labels, 1.0)[2], torch.bfloat16, "gradient")
+
+
 def test_only_wanted_gradients_are_computed() -> None:
     hidden, weight, labels = problem(9, 100, 8, torch.bfloat16)
     full = reference(hidden, weight, labels, 1.0)
@@ -85,9 +93,10 @@ def test_only_wanted_gradients_are_computed() -> None:
 
 def test_what_is_wrong_shows() -> None:
     hidden, weight, labels = problem(6, 100, 8, torch.float32)
-    labels[0] = 100
-    assert linear_cross_entropy(hidden, weight, labels, torch.float32).isnan()
-    labels[0] = 0
+    for label in (100, -1):
+        labels[2] = label
+        assert linear_cross_entropy(hidden, weight, labels, torch.float32).isnan()
+    labels[2] = 0
     assert linear_cross_entropy(hidden, weight, labels, torch.float32).isfinite()
     hidden[2, 0] = torch.nan
     assert linear_cross_entropy(hidden, weight, labels, torch.float32).isnan()
