@@ -31,8 +31,11 @@ def _forget() -> Iterator[None]:
         cached.cache_clear()
 
 
-def _resolve(device: str, backend: str | None = None, *, value: int = 16, dtype: torch.dtype = torch.bfloat16) -> str:
-    x: Any = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 5, 2, value), is_meta=device == "meta")
+def _resolve(
+    device: str, backend: str | None = None, *, value: int = 16, steps: int = 5, dtype: torch.dtype = torch.bfloat16
+) -> str:
+    shape = 1, steps, 2, value
+    x: Any = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=shape, is_meta=device == "meta")
     return scan._resolve(backend, x, x, x, x, x)
 
 
@@ -90,6 +93,18 @@ def test_the_widest_that_there_is_room_for_runs(monkeypatch: pytest.MonkeyPatch)
     _only(monkeypatch, "reference", "triton")
     assert _resolve("cuda", "triton", value=128) == "triton"
     assert _resolve("cuda", "triton", value=64, dtype=torch.float64) == "triton"
+
+
+def test_wide_heads_and_single_tokens_in_16_bits_take_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For which it is the faster of the two: so there is no warning."""
+    _only(monkeypatch, "reference", "triton", "cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _resolve("cuda", value=33) == "triton"
+        assert _resolve("cuda", value=32) == "cuda"
+        assert _resolve("cuda", value=33, dtype=torch.float32) == "cuda"
+        assert _resolve("cuda", steps=1) == "triton"
+        assert _resolve("cuda", steps=1, dtype=torch.float32) == "cuda"
 
 
 def test_cpu_tensors_are_interpreted_only_if_triton_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:

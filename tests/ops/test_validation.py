@@ -67,6 +67,10 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], list[str]]] = {
         lambda: _arguments(q=torch.randn(B, T, 1, 0), k=torch.randn(B, T, 2, 0)),
         ["q", "2, 5, 1, 0"],
     ),
+    "no value channels": (
+        lambda: _arguments(v=torch.randn(B, T, 4, 0), weight=torch.randn(2, 0, 0)),
+        ["v", "2, 5, 4, 0"],
+    ),
     "q of integers": (
         lambda: _arguments(q=torch.ones(B, T, 1, K, dtype=torch.int64)),
         ["q", "int64", "float"],
@@ -110,6 +114,10 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], list[str]]] = {
     "cu_seqlens of int16": (
         lambda: _packed(cu_seqlens=_bounds(0, 5, dtype=torch.int16)),
         ["cu_seqlens", "int16"],
+    ),
+    "cu_seqlens elsewhere": (
+        lambda: _packed(cu_seqlens=_bounds(0, 2, 5).to("meta")),
+        ["cu_seqlens", "meta", "cpu"],
     ),
     "cu_seqlens empty": (lambda: _packed(cu_seqlens=_bounds()), ["cu_seqlens", "0"]),
     "cu_seqlens does not start at 0": (lambda: _packed(cu_seqlens=_bounds(1, 5)), ["cu_seqlens", "1", "0"]),
