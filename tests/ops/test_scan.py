@@ -144,6 +144,16 @@ def test_a_state_that_slow_gates_grow_from_nothing(steps: int, dtype: torch.dtyp
     check(run(problem, backend), run_autograd(problem.as_double()), case)
 
 
+def test_gradients_below_the_range_of_float16_count(backend: str, device: str) -> None:
+    """As they are of a loss that is not scaled; those of the state, the gates and W, in float32, can hold them."""
+    case = Case(time=3, dtype=torch.float16, gates=torch.float32)
+    problem = make_problem(case, device=device)
+    problem.cotangents["y"].zero_()
+    problem.cotangents["final_state"].mul_(2**-27)
+    results, expected = run(problem, backend), run_autograd(problem.as_double())
+    check({name: results[name] for name in ("f", "weight", "initial_state")}, expected, case)
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e4, 3e7])
 def test_clip_with_large_weights(scale: float, backend: str, device: str) -> None:
     """The clip acts at the first step back, however large the factor by which W would let a gradient grow."""

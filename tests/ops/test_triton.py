@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, library
 
 from m2rnn.ops import scan
 from tests.ops import test_integration, test_packed, test_scan
@@ -59,8 +60,8 @@ def test_results_and_gradients_match_float64(case: Case) -> None:
 
 CHUNKED = [
     Case(batch=2, time=5, clip=0.1, heads=(1, 2, 2, 1, 1)),
-    Case(lengths=(5, 0, 1, 3), heads=(2, 1, 1, 1, 2), initial=False, dtype=torch.float16, gates=torch.float32),
-    Case(time=4, key=18, heads=(1, 1, 1, 1, 1), dtype=torch.float64),
+    Case(lengths=(3, 0, 1, 5), heads=(2, 1, 1, 1, 2), initial=False, dtype=torch.float16, gates=torch.float32),
+    Case(batch=2, time=5, key=18, heads=(1, 1, 1, 1, 1), dtype=torch.float64),  # two blocks of rows
 ]
 
 
@@ -80,6 +81,22 @@ def test_many_launches_give_the_bits_of_one(case: Case, kernels, monkeypatch: py
     check(results, truth(case), case)
     for name, x in results.items():
         assert name == "weight" or torch.equal(x, expected[name]), name  # dW is a sum over sequences
+
+
+@interpreted
+def test_groups_that_do_not_divide_the_sequences(kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(batch=3, time=3)
+    problem = make_problem(case)
+    *inputs, _ = problem.inputs.values()
+    launches = kernels._Problem(*inputs, None).launches(2, [])
+    assert [(programs, first) for programs, first, *_ in launches] == [(4, 0), (2, 2)]
+    expected = run(problem, "triton")
+    scratch = 2 * 2 * scan.TRITON_CHUNK * 16 * 16 * 4  # two sequences of two heads, in float32
+    monkeypatch.setattr(kernels, "SCRATCH_BYTES", scratch)
+    results = run(problem, "triton")
+    check(results, truth(case), case)
+    for name, x in results.items():
+        assert name == "weight" or torch.equal(x, expected[name]), name
 
 
 @interpreted
@@ -116,11 +133,12 @@ def test_nan_stays_in_its_sequence_and_stays_nan(spoilt: str, monkeypatch: pytes
 
 
 @interpreted
-def test_infinite_inputs_do_not_reach_the_padding() -> None:
+@pytest.mark.parametrize("value", [2, 16])
+def test_infinite_inputs_do_not_reach_the_padding(value: int) -> None:
     """tanh(∞) = 1: with 3 rows and 2 columns of 16 × 16 in use, no ∞ · 0 comes back from those that are not."""
-    q, k, v = torch.ones(1, 2, 1, 3), torch.ones(1, 2, 1, 3), torch.ones(1, 2, 1, 2)
+    q, k, v = torch.ones(1, 2, 1, 3), torch.ones(1, 2, 1, 3), torch.ones(1, 2, 1, value)
     k[0, 0, 0, 1], v[0, 1, 0, 1] = torch.inf, -torch.inf
-    f, weight = torch.full((1, 2, 1), 0.5), torch.zeros(1, 2, 2)
+    f, weight = torch.full((1, 2, 1), 0.5), torch.zeros(1, value, value)
     expected = scan.m2rnn_scan(q, k, v, f, weight, backend="reference")[0]
     assert expected.isfinite().all()
     torch.testing.assert_close(scan.m2rnn_scan(q, k, v, f, weight, backend="triton")[0], expected)
@@ -128,13 +146,25 @@ def test_infinite_inputs_do_not_reach_the_padding() -> None:
 
 @interpreted
 def test_contracts_of_every_backend() -> None:
-    """Saturation, inputs left alone, a final state of its own, fake kernels that tell the shapes."""
+    """Saturation, the range of gradients, inputs left alone, a final state of its own, shapes without data."""
     test_scan.test_overflowing_preactivation_saturates("triton", "cpu")
+    test_scan.test_gradients_below_the_range_of_float16_count("triton", "cpu")
     test_scan.test_results_of_nothing_do_not_share_the_initial_state("triton", "cpu")
     dense, packed = Case(time=1, heads=(1, 1, 2, 1, 2), clip=0.1), Case(lengths=(1, 0, 1), initial=False, final=False)
     test_integration.test_opcheck(dense, "triton", "cpu")
     test_integration.test_shapes_without_data("fake", dense, "triton", "cpu")
     test_integration.test_shapes_without_data("fake", packed, "triton", "cpu")
+
+
+@interpreted
+@pytest.mark.usefixtures("short_chunks")
+@pytest.mark.parametrize("case", [Case(time=5), Case(lengths=(3, 0, 2))], ids=str)
+def test_the_fake_kernel_tells_how_many_states_are_saved(case: Case) -> None:
+    calls = test_integration._calls(case, "triton", "cpu")
+    assert len(calls) == 2
+    for func, args, kwargs in calls:
+        args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
+        library.opcheck(func, args, kwargs, test_utils="test_faketensor")
 
 
 COMPILE = """
