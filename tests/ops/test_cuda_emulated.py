@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from m2rnn.ops import scan
 from m2rnn.ops.cuda import launch
+from m2rnn.ops.shapes import cuda_parts
 from tests.ops.cases import Case, Problem, check, evaluate, make_problem, run_autograd, truth
 from tests.ops.emulated_gpu import H100, EmulatedGpu, Scan, why_not
 
@@ -53,6 +55,26 @@ def run(problem: Problem, gpu: EmulatedGpu) -> dict[str, Tensor]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_results_and_gradients_match_float64(case: Case, gpu: EmulatedGpu) -> None:
     check(run(make_problem(case), gpu), truth(case), case)
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[5], CASES[8], replace(CASES[9], lengths=(10, 54))], ids=str)
+def test_the_fake_kernel_tells_what_the_kernels_return(
+    case: Case, gpu: EmulatedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shapes and dtypes, also of the saved states, which are as wide as the parts of a product ask for."""
+    problem = make_problem(case, grads=())
+    inputs = [problem.inputs.get(name) for name in ("q", "k", "v", "f", "weight", "initial_state")]
+    with gpu.in_use():
+        results = launch.forward(*inputs, problem.cu_seqlens, True)
+    monkeypatch.setattr(scan, "_resolve", lambda *_: "cuda")
+    fakes = scan._scan_fake(*inputs, problem.cu_seqlens, True, case.clip, None, True)
+    assert [(x.shape, x.dtype) for x in fakes] == [(x.shape, x.dtype) for x in results]
+
+
+def test_what_is_short_in_bfloat16_is_computed_in_two_parts() -> None:
+    """Of a pack, what is short on average."""
+    assert [cuda_parts(BF16, steps) for steps in (32, 33)] == [2, 1]
+    assert [cuda_parts(BF16, steps, torch.tensor([0, 5, steps])) for steps in (64, 65)] == [2, 1]
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])
