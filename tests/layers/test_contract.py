@@ -24,7 +24,7 @@ MIXERS = {
         gate=False,
         num_v_heads=1,
     ),
-    "m2rnn-conv-2": lambda: M2RNN(HIDDEN, 2, 3, 5, conv_size=2, activation=None, weight_init="normal"),
+    "m2rnn-conv-2": lambda: M2RNN(HIDDEN, 2, 3, 5, conv_size=2, activation=None, weight_init="normal", norm_eps=0.5),
     "attention": lambda: Attention(HIDDEN, 2),
     "attention-rope-grouped": lambda: Attention(HIDDEN, 4, 2, head_dim=6, rope_theta=100.0),
     "gru": lambda: GRU(HIDDEN, 2, 5),

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, library
 
 from m2rnn.layers import M2RNN
@@ -128,6 +129,52 @@ def test_no_sequence_gives_none(in_place: bool) -> None:
     assert step.why_not(Token(**arguments, norm_eps=1e-5, backend=None)) == "the tensors are on cpu"
 
 
+def by_hand(a: dict[str, Any], eps: float) -> tuple[Tensor, Tensor]:
+    """y and the state of ``decode_step``, one sequence and head at a time."""
+    batch, heads, key, value = a["state"].shape
+    sizes = [a["q_heads"] * key, a["k_heads"] * key, a["v_heads"] * value, a["A_log"].numel(), a["g_heads"] * value]
+    channels, ys, state = sum(sizes[:3]), [], torch.empty_like(a["state"])
+
+    def of(x: Tensor, width: int, head: int) -> Tensor:
+        """What a head reads of a vector that has ``width`` numbers for each head or for each of several that share."""
+        parts = x.view(-1, width)
+        return parts[head // (heads // len(parts))]
+
+    for b in range(batch):
+        qkv, rest = a["projected"][b].split((channels, sum(sizes[3:])))
+        if a["conv_weight"] is not None:
+            qkv = (torch.cat([a["conv_state"][b], qkv[None]]) * a["conv_weight"][:, 0].T).sum(0) + a["conv_bias"]
+        q, k, v, logits, g = torch.cat([F.silu(qkv), rest]).split(sizes)
+        y = []
+        for n in range(heads):
+            f = torch.exp(-of(a["A_log"], 1, n).exp() * F.softplus(of(logits, 1, n) + of(a["dt_bias"], 1, n)))
+            h, w = a["state"][b, n], of(a["weight"], value * value, n).view(value, value)
+            state[b, n] = f * h + (1 - f) * torch.tanh(h @ w + torch.outer(of(k, key, n), of(v, value, n)))
+            out = of(q, key, n) @ state[b, n] + a["D"][n] * of(v, value, n)
+            y.append(out * F.silu(of(g, value, n)))
+        flat = torch.cat(y)
+        ys.append(flat / (flat.square().mean() + eps).sqrt() * a["norm_weight"])
+    return torch.stack(ys), state
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("case", ["shared heads", "shared heads, one head of v", "own heads", "no convolution"])
+def test_a_token_on_the_cpu_is_the_equations_by_hand(case: str, dtype: torch.dtype) -> None:
+    """In the precision of the state, which is float32 for all narrower inputs."""
+    arguments = problem(**CASES[case], dtype=dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    arguments["state"] = arguments["state"].to(wide)
+    y, state = by_hand(moved(arguments, torch.float64), 0.5)
+    results = decode_step(**arguments, norm_eps=0.5)
+    assert_close(results[0], y, dtype, "output", "y")
+    assert_close(results[1], state, wide, "state", "state")
+
+
+def test_a_backend_that_cannot_decode_is_an_error() -> None:
+    with pytest.raises(ValueError, match="backend='cuda' cannot run"):
+        decode_step(**problem(2, 3, 8), backend="cuda")
+
+
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
@@ -150,6 +197,59 @@ def test_kernel_is_the_equations(case: str, dtype: torch.dtype) -> None:
     y_in_place, _, _ = decode_step(**on_gpu, in_place=True)
     for x, result in zip((y_in_place, on_gpu["state"], on_gpu["conv_state"]), results, strict=True):
         assert result is None or torch.equal(x, result)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checks before a launch take tensors of the CPU for those of an H100."""
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    monkeypatch.setattr(step, "why_unavailable", lambda: None)
+    monkeypatch.setattr(step, "_gpu", lambda device: (9, 132, 227 << 10))
+
+
+def columns_first(x: Tensor) -> Tensor:
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def beside_alignment(x: Tensor) -> Tensor:
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
+WITHOUT_KERNEL = {
+    "dtype": ({"dtype": torch.float64}, {}, "the inputs are torch.float64"),
+    "V": ({"value": 24}, {}, "V is 24"),
+    "taps": ({"width": 9}, {}, "9 taps"),
+    "wider weight": ({"dtype": torch.bfloat16}, {"weight": Tensor.float}, "mixed"),
+    "narrower state": ({}, {"state": Tensor.half}, "mixed"),
+    "wider A_log": ({}, {"A_log": Tensor.double}, "mixed"),
+    "layout of the row": ({}, {"projected": columns_first}, "not contiguous"),
+    "layout of the state": ({}, {"state": columns_first}, "not contiguous"),
+    "layout of the convolution's": ({}, {"conv_state": columns_first}, "not contiguous"),
+    "layout of the weight": ({}, {"weight": columns_first}, "not contiguous"),
+    "alignment of the state": ({}, {"state": beside_alignment}, "aligned to 16 bytes"),
+    "many heads": ({"heads": 800}, {}, "do not fit"),
+}
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("what", WITHOUT_KERNEL)
+def test_what_the_kernel_would_read_wrongly_it_does_not_take(what: str) -> None:
+    sizes, changes, reason = WITHOUT_KERNEL[what]
+    good = {"heads": 4, "key": 16, "value": 16, "batch": 2}
+    assert_kernel_takes(problem(**good))
+    arguments = problem(**good | sizes)
+    for name, change in changes.items():
+        arguments[name] = change(arguments[name])
+    assert reason in step.why_not(Token(**arguments, norm_eps=1e-5, backend=None))
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_what_the_linear_kernel_would_read_wrongly_it_does_not_take() -> None:
+    x, weight = torch.randn(2, 16), torch.randn(5, 16)
+    assert step.why_not_linear(x, weight) is None
+    assert "float32 and torch.bfloat16" in step.why_not_linear(x, weight.bfloat16())
+    for other in (columns_first(weight), beside_alignment(weight), torch.randn(5, 18)):
+        assert "not aligned" in step.why_not_linear(x, other)
 
 
 def _nvrtc_loads() -> bool:
