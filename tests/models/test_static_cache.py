@@ -11,6 +11,7 @@ from transformers import CompileConfig
 
 from m2rnn.models import M2RNNCache, M2RNNForCausalLM
 from m2rnn.models.cache import CACHE_NAME
+from m2rnn.models.capture import CapturedDecoding
 from tests.models.small import CONFIGS, VOCAB, make
 from tests.tolerances import assert_close
 
@@ -57,6 +58,14 @@ def test_static_generation_equals_dynamic(name: str, mode: dict, device: str) ->
     model = make_on(device, name)
     for rows in (2, 1, 2):  # with the tensors of the call before, where they fit
         assert_same(model, prompts(rows, device), **mode)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_prompt_of_one_token(name: str, device: str) -> None:
+    model = make_on(device, name)
+    for mask in ([[1], [1]], [[1], [0]]):  # the first prompt of a new cache, then of one that is kept
+        assert_same(model, prompts(2, device)[:, :1], attention_mask=torch.tensor(mask, device=device))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -162,6 +171,16 @@ def test_inference_mode_may_come_and_go() -> None:
             assert torch.equal(generate(model, ids, cache_implementation="static"), expected)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_kept_cache_grows_and_follows_the_models_dtype(name: str) -> None:
+    model, ids = make(name, torch.float32), prompts(2)
+    for tokens in (3, 12):
+        assert_same(model, ids, max_new_tokens=tokens, min_new_tokens=tokens)
+    assert_same(model.double(), ids)
+    states = [x for layer in model._captured._cache.layers for x in layer.state if x is not None]
+    assert all(x.dtype == torch.float64 for x in states if x.is_floating_point())
+
+
 def test_copies_and_pickles_of_a_model_generate() -> None:
     model, ids = make(), prompts(1)
     expected = generate(model, ids, cache_implementation="static")
@@ -180,6 +199,32 @@ def test_decoding_compiles_without_graph_breaks(device: str) -> None:
     expected = generate(model, ids, max_new_tokens=5, min_new_tokens=5)
     arguments = {"max_new_tokens": 5, "min_new_tokens": 5, "cache_implementation": "static"}
     assert torch.equal(generate(model, ids, compile_config=config, **arguments), expected)
+
+
+def test_a_graph_is_dropped_where_its_surroundings_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured, model = CapturedDecoding(), make()
+
+    def is_kept() -> bool:
+        captured.start(model)
+        return captured._graph is not None
+
+    def move() -> None:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+
+    changes = [
+        move,
+        model.train,
+        lambda: monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True),  # in float16
+        lambda: monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16),
+        lambda: monkeypatch.setattr(torch, "is_inference_mode_enabled", lambda: True),
+    ]
+    is_kept()
+    for change in changes:
+        captured._graph = captured._captured_for = "of these surroundings"
+        assert is_kept()
+        change()
+        assert not is_kept()
+        assert captured._captured_for is None
 
 
 @needs_gpu
