@@ -118,6 +118,8 @@ def test_single_tokens_stay_in_place(name: str) -> None:
     places = [x.data_ptr() for layer in cache.layers for x in layer.state if x is not None]
     for _ in range(3):
         model(prompts(2)[:, :1], past_key_values=cache)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert [x.data_ptr() for layer in cache.layers for x in layer.state if x is not None] == places
     cache.reset()
     assert cache.get_seq_length() == 0
     ids = prompts(2)
