@@ -16,6 +16,7 @@ REPEATS = 4  # what a race makes wrong does not always show
 LENGTHS = (1024, 700, 1024, 300)
 CASES = WIDE | {
     "delta, 410M": Case(LENGTHS, packed=True, key=256, value=512, state=False, decay=0.05),
+    "delta, tiny": Case((70, 0, 3, 200), packed=True, key=16, value=32),
     "delta, 128": Case(LENGTHS, packed=True, heads=4, key=128, value=128, decay=0.05),
     "linear, Mamba-2": Case(LENGTHS, packed=True, writes=0, heads=32, key=216, value=19, state=False, decay=0.05),
 }
