@@ -273,6 +273,7 @@ def _m2rnn_to_theirs(config: M2RNNConfig) -> dict[str, Any]:
         options[f"num_{name}_heads"] = options[f"num_{name}_heads"] or heads
     for name, known, why in (
         ("gate", True, "its layer always has the output gate"),
+        ("norm_before_gate", False, "its layer gates before it norms"),
         ("norm_eps", MIXER_NORM_EPS, "its mixers' norm has this epsilon"),
     ):
         if options[name] != known:

@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2rnn.layers.decay_gate import DecayGate
-from m2rnn.layers.m2rnn import M2RNNState, next_state
+from m2rnn.layers.m2rnn import M2RNNState, check_gate_order, next_state
 from m2rnn.layers.packing import Packing, check_tokens
 from m2rnn.layers.projection import OutputProjection, project_parts
-from m2rnn.layers.short_conv import ShortConv, check_activation
+from m2rnn.layers.short_conv import ShortConv, check_activation, check_init_std
 from m2rnn.layers.sizes import check_sizes
 from m2rnn.ops.linear_scan import gated_delta_scan
 
@@ -38,15 +38,18 @@ class GatedDeltaNet(nn.Module):
         num_householder: n, how often a token writes.
         negative_eigenvalues: eigenvalues in [-1, 1] instead of [0, 1].
         conv_size: width of the convolution over q, k and v; None for none.
+        conv_init: s, to start the convolution's weights from N(0, s²), as the authors' code does with s = 0.02; None
+            for U(±1/√conv_size).
         activation: ``"silu"`` or None, on q, k and v, with or without a convolution.
         norm: RMSNorm before the output projection.
         norm_eps: its epsilon.
         gate: the output gate silu(g).
+        norm_before_gate: norm(y) ⊙ silu(g) instead of norm(y ⊙ silu(g)), as in fla and Qwen3-Next; needs both.
         A_range, dt_range, dt_floor: initial range of the forget gate, see ``DecayGate``.
         backend: of the recurrence, see ``m2rnn.ops.linear_scan.gated_delta_scan``; None chooses.
 
     Raises:
-        ValueError: for a size that is not positive.
+        ValueError: for a size or ``conv_init`` that is not positive, or ``norm_before_gate`` without a norm or a gate.
 
     Source: Gated Delta Networks (arXiv 2412.06464) as in the M²RNN paper (arXiv 2603.14360); negative eigenvalues
     arXiv 2411.12537; Householder products arXiv 2502.10297.
@@ -62,10 +65,12 @@ class GatedDeltaNet(nn.Module):
         num_householder: int = 1,
         negative_eigenvalues: bool = False,
         conv_size: int | None = 4,
+        conv_init: float | None = None,
         activation: str | None = "silu",
         norm: bool = True,
         norm_eps: float = 1e-5,
         gate: bool = True,
+        norm_before_gate: bool = False,
         A_range: tuple[float, float] = (0.0, 16.0),
         dt_range: tuple[float, float] = (1e-3, 0.1),
         dt_floor: float = 1e-4,
@@ -82,16 +87,21 @@ class GatedDeltaNet(nn.Module):
         if num_heads is None:
             num_heads = max(1, hidden_size // value_dim)
         check_activation(activation)
+        check_init_std(conv_init=conv_init)
+        check_gate_order(norm_before_gate, norm, gate)
 
         self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
         self.num_householder, self.negative_eigenvalues = num_householder, negative_eigenvalues
         self.activation, self.gate, self.backend = activation, gate, backend
+        self.norm_before_gate = norm_before_gate
         keys, values = num_heads * key_dim, num_heads * value_dim
         self.qkv_sizes = keys, num_householder * keys, num_householder * values
         self.proj_sizes = sum(self.qkv_sizes), num_heads, num_householder * num_heads, values if gate else 0
 
         self.in_proj = nn.Linear(hidden_size, sum(self.proj_sizes), bias=False)
-        self.conv = ShortConv(sum(self.qkv_sizes), conv_size, activation) if conv_size is not None else None
+        self.conv = None
+        if conv_size is not None:
+            self.conv = ShortConv(sum(self.qkv_sizes), conv_size, activation, init_std=conv_init)
         self.decay_gate = DecayGate(num_heads, A_range, dt_range, dt_floor)
         self.norm = nn.RMSNorm(value_dim, eps=norm_eps) if norm else None
         self.out_proj = OutputProjection(values, hidden_size)
@@ -131,10 +141,12 @@ class GatedDeltaNet(nn.Module):
             cu_seqlens=None if packing is None else packing.cu_seqlens,
             backend=self.backend,
         )
-        if self.gate:
+        if self.gate and not self.norm_before_gate:
             y = y * F.silu(g).unflatten(-1, (self.num_heads, self.value_dim))
         if self.norm is not None:
             y = self.norm(y.to(self.norm.weight.dtype))  # autocast leaves it to us
+        if self.norm_before_gate:
+            y = y * F.silu(g).unflatten(-1, (self.num_heads, self.value_dim))
         y = self.out_proj(y.flatten(2))
         final_state = next_state(state, recurrent, conv_state, hidden, packing) if output_state else None
         return y, final_state

@@ -10,7 +10,7 @@ from m2rnn.layers.decay_gate import DecayGate
 from m2rnn.layers.initialize import initialize
 from m2rnn.layers.packing import Packing, check_tokens
 from m2rnn.layers.projection import OutputProjection, project_parts, project_token, runs_as_written
-from m2rnn.layers.short_conv import ShortConv, check_activation
+from m2rnn.layers.short_conv import ShortConv, check_activation, check_init_std
 from m2rnn.layers.sizes import check_sizes
 from m2rnn.ops import m2rnn_scan
 from m2rnn.ops.decode import decode_step
@@ -56,6 +56,16 @@ def next_state(
     return state.update(after) if isinstance(state, StaticM2RNNState) and one_token else after
 
 
+def check_gate_order(norm_before_gate: bool, norm: bool, gate: bool) -> None:
+    """Raise a ValueError if there is nothing to order."""
+    for name, present in (("norm", norm), ("gate", gate)):
+        if norm_before_gate and not present:
+            raise ValueError(
+                f"norm_before_gate=True orders the norm and the gate, but {name}=False: leave norm_before_gate out, or "
+                f"set {name}=True"
+            )
+
+
 class M2RNN(nn.Module):
     """A recurrent mixer whose state is a matrix per head and whose update is non-linear.
 
@@ -79,18 +89,22 @@ class M2RNN(nn.Module):
         num_q_heads, num_k_heads: default 1.
         num_v_heads, num_f_heads, num_weight_heads, num_g_heads: default ``num_heads``.
         conv_size: width of the convolution over q, k and v; None for none.
+        conv_init: s, to start the convolution's weights from N(0, s²), as the authors' code does with s = 0.02; None
+            for U(±1/√conv_size).
         activation: ``"silu"`` or None, on q, k and v, with or without a convolution.
         norm: RMSNorm before the output projection.
         norm_eps: its epsilon.
         residual: the term D ⊙ v.
         gate: the output gate silu(g).
+        norm_before_gate: norm(y) ⊙ silu(g) instead of norm(y ⊙ silu(g)), as in fla and Qwen3-Next; needs both.
         weight_init: W starts as ``"identity"``, or ``"normal"``: N(0, 1/V).
         A_range, dt_range, dt_floor: initial range of the forget gate, see ``DecayGate``.
         state_clip: bound on each component of the gradient that reaches a state from later tokens, or None.
         backend: of the recurrence, see ``m2rnn.ops.m2rnn_scan``; None chooses.
 
     Raises:
-        ValueError: for a size that is not positive, or a head count that does not divide the number of heads.
+        ValueError: for a size or ``conv_init`` that is not positive, a head count that does not divide the number of
+            heads, or ``norm_before_gate`` without a norm or a gate.
 
     Source: M²RNN (arXiv 2603.14360), sections 3 and 4.
     """
@@ -111,11 +125,13 @@ class M2RNN(nn.Module):
         num_weight_heads: int | None = None,
         num_g_heads: int | None = None,
         conv_size: int | None = 4,
+        conv_init: float | None = None,
         activation: str | None = "silu",
         norm: bool = True,
         norm_eps: float = 1e-5,
         residual: bool = True,
         gate: bool = True,
+        norm_before_gate: bool = False,
         weight_init: str = "identity",
         A_range: tuple[float, float] = (0.0, 16.0),
         dt_range: tuple[float, float] = (1e-3, 0.1),
@@ -143,17 +159,21 @@ class M2RNN(nn.Module):
         if weight_init not in ("identity", "normal"):
             raise ValueError(f"weight_init must be 'identity' or 'normal', got {weight_init!r}")
         check_activation(activation)
+        check_init_std(conv_init=conv_init)
+        check_gate_order(norm_before_gate, norm, gate)
 
         self.num_q_heads, self.num_k_heads, self.num_v_heads = num_q_heads, num_k_heads, counts["num_v_heads"]
         self.key_dim, self.value_dim, self.norm_eps = key_dim, value_dim, norm_eps
-        self.activation, self.weight_init = activation, weight_init
+        self.activation, self.weight_init, self.norm_before_gate = activation, weight_init, norm_before_gate
         self.state_clip, self.backend = state_clip, backend
         self.qkv_sizes = num_q_heads * key_dim, num_k_heads * key_dim, self.num_v_heads * value_dim
         self.num_g_heads = counts["num_g_heads"] if gate else 0
         self.proj_sizes = sum(self.qkv_sizes), counts["num_f_heads"], self.num_g_heads * value_dim
 
         self.in_proj = nn.Linear(hidden_size, sum(self.proj_sizes), bias=False)
-        self.conv = ShortConv(sum(self.qkv_sizes), conv_size, activation) if conv_size is not None else None
+        self.conv = None
+        if conv_size is not None:
+            self.conv = ShortConv(sum(self.qkv_sizes), conv_size, activation, init_std=conv_init)
         self.decay_gate = DecayGate(counts["num_f_heads"], A_range, dt_range, dt_floor)
         self.state_weight = nn.Parameter(torch.empty(counts["num_weight_heads"], value_dim, value_dim))
         self.D = nn.Parameter(torch.empty(self.num_heads, value_dim)) if residual else None
@@ -233,19 +253,29 @@ class M2RNN(nn.Module):
             shared = self.num_v_heads, self.num_heads // self.num_v_heads, self.value_dim
             D = self.D.to(y.dtype).view(shared)
             y = y.view(*batch_time, *shared) + D * v[..., None, :]
+        if self.norm_before_gate:
+            y = self._normed(y.reshape(*batch_time, self.num_heads * self.value_dim))
         if self.num_g_heads:
             g = F.silu(g).view(*batch_time, self.num_g_heads, 1, self.value_dim)
             y = y.view(*batch_time, self.num_g_heads, self.num_heads // self.num_g_heads, self.value_dim) * g
         y = y.reshape(*batch_time, self.num_heads * self.value_dim)
-        if self.norm is not None:
-            y = self.norm(y.to(self.norm.weight.dtype))  # autocast leaves it to us
+        if not self.norm_before_gate:
+            y = self._normed(y)
         final_state = None
         if recurrent is not None and output_state:
             final_state = next_state(state, recurrent, conv_state, hidden, packing)
         return self.out_proj(y), final_state
 
+    def _normed(self, y: Tensor) -> Tensor:
+        if self.norm is None:
+            return y
+        normed: Tensor = self.norm(y.to(self.norm.weight.dtype))  # autocast leaves it to us
+        return normed
+
     def _decodes_at_once(self) -> bool:
         """Whether one operator may stand for the modules between the projections: they are what this layer made."""
+        if self.norm_before_gate:
+            return False  # the operator gates first
         kinds = (self.conv, ShortConv), (self.decay_gate, DecayGate), (self.norm, nn.RMSNorm)
         return all(part is None or (type(part) is kind and runs_as_written(part)) for part, kind in kinds)
 

@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 from m2rnn.layers.decay_gate import DecayGate
 from m2rnn.layers.initialize import initialize
-from m2rnn.layers.m2rnn import M2RNNState, next_state
+from m2rnn.layers.m2rnn import M2RNNState, check_gate_order, next_state
 from m2rnn.layers.packing import Packing, check_tokens
 from m2rnn.layers.projection import OutputProjection, project_parts
-from m2rnn.layers.short_conv import ShortConv, check_activation
+from m2rnn.layers.short_conv import ShortConv, check_activation, check_init_std
 from m2rnn.layers.sizes import check_sizes
 from m2rnn.ops.linear_scan import gated_linear_scan
 
@@ -33,17 +33,21 @@ class Mamba2(nn.Module):
         state_size: rows of the state, the width of B and C.
         inner_size: width of x over all heads; default ``2 · hidden_size``.
         conv_size: width of the convolution over x, B and C; None for none.
+        conv_init: s, to start the convolution's weights from N(0, s²), as the authors' code does with s = 0.02; None
+            for U(±1/√conv_size).
         conv_bias: whether it has a bias.
         activation: ``"silu"`` or None, on x, B and C, with or without a convolution.
         norm: RMSNorm before the output projection.
         norm_eps: its epsilon.
         residual: the term D x.
         gate: the output gate silu(g).
+        norm_before_gate: norm(y) ⊙ silu(g) instead of norm(y ⊙ silu(g)), as in fla; needs both.
         A_range, dt_range, dt_floor: initial range of A and dt, see ``DecayGate``.
         backend: of the recurrence, see ``m2rnn.ops.linear_scan.gated_linear_scan``; None chooses.
 
     Raises:
-        ValueError: for a size that is not positive, or heads that do not divide ``inner_size``.
+        ValueError: for a size or ``conv_init`` that is not positive, heads that do not divide ``inner_size``, or
+            ``norm_before_gate`` without a norm or a gate.
 
     Source: Transformers are SSMs (arXiv 2405.21060) as in the M²RNN paper (arXiv 2603.14360).
     """
@@ -58,12 +62,14 @@ class Mamba2(nn.Module):
         inner_size: int | None = None,
         *,
         conv_size: int | None = 4,
+        conv_init: float | None = None,
         conv_bias: bool = True,
         activation: str | None = "silu",
         norm: bool = True,
         norm_eps: float = 1e-5,
         residual: bool = True,
         gate: bool = True,
+        norm_before_gate: bool = False,
         A_range: tuple[float, float] = (0.0, 16.0),
         dt_range: tuple[float, float] = (1e-3, 0.1),
         dt_floor: float = 1e-4,
@@ -76,16 +82,19 @@ class Mamba2(nn.Module):
         if inner_size % num_heads:
             raise ValueError(f"num_heads must divide inner_size ({inner_size}), got {num_heads}")
         check_activation(activation)
+        check_init_std(conv_init=conv_init)
+        check_gate_order(norm_before_gate, norm, gate)
 
         self.num_heads, self.state_size, self.head_dim = num_heads, state_size, inner_size // num_heads
         self.activation, self.gate, self.backend = activation, gate, backend
+        self.norm_before_gate = norm_before_gate
         self.xBC_sizes = inner_size, state_size, state_size
         self.proj_sizes = sum(self.xBC_sizes), num_heads, inner_size if gate else 0
 
         self.in_proj = nn.Linear(hidden_size, sum(self.proj_sizes), bias=False)
         self.conv = None
         if conv_size is not None:
-            self.conv = ShortConv(sum(self.xBC_sizes), conv_size, activation, bias=conv_bias)
+            self.conv = ShortConv(sum(self.xBC_sizes), conv_size, activation, bias=conv_bias, init_std=conv_init)
         self.decay_gate = DecayGate(num_heads, A_range, dt_range, dt_floor)
         self.D = nn.Parameter(torch.empty(num_heads)) if residual else None
         self.norm = nn.RMSNorm(inner_size, eps=norm_eps) if norm else None
@@ -131,10 +140,12 @@ class Mamba2(nn.Module):
         if self.D is not None:
             y = y + self.D.to(y.dtype)[:, None] * x
         y = y.flatten(2)
-        if self.gate:
+        if self.gate and not self.norm_before_gate:
             y = y * F.silu(g)
         if self.norm is not None:
             y = self.norm(y.to(self.norm.weight.dtype))  # autocast leaves it to us
+        if self.norm_before_gate:
+            y = y * F.silu(g)
         y = self.out_proj(y)
         final_state = next_state(state, recurrent, conv_state, hidden, packing) if output_state else None
         return y, final_state

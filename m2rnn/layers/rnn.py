@@ -10,7 +10,7 @@ from m2rnn.layers.initialize import initialize
 from m2rnn.layers.m2rnn import M2RNNState, next_state
 from m2rnn.layers.packing import Packing, check_tokens
 from m2rnn.layers.projection import OutputProjection
-from m2rnn.layers.short_conv import ShortConv, check_activation
+from m2rnn.layers.short_conv import ShortConv, check_activation, check_init_std
 from m2rnn.layers.sizes import check_sizes
 from m2rnn.ops.rnn import rnn_scan
 
@@ -31,6 +31,8 @@ class RNN(nn.Module):
         num_heads: N, default ``hidden_size // head_dim``.
         head_dim: V, the units of a head.
         conv_size: width of the convolution over x; None for none.
+        conv_init: s, to start the convolution's weights from N(0, s²), as the authors' code does with s = 0.02; None
+            for U(±1/√conv_size).
         activation: ``"silu"`` or None, on x, with or without a convolution.
         norm: RMSNorm before the output projection.
         norm_eps: its epsilon.
@@ -40,7 +42,7 @@ class RNN(nn.Module):
         backend: of the recurrence, see ``m2rnn.ops.rnn.rnn_scan``; None chooses.
 
     Raises:
-        ValueError: for a size that is not positive.
+        ValueError: for a size or ``conv_init`` that is not positive.
 
     Source: a baseline of M²RNN (arXiv 2603.14360), section 5.
     """
@@ -55,6 +57,7 @@ class RNN(nn.Module):
         head_dim: int = 16,
         *,
         conv_size: int | None = 4,
+        conv_init: float | None = None,
         activation: str | None = "silu",
         norm: bool = True,
         norm_eps: float = 1e-5,
@@ -66,6 +69,7 @@ class RNN(nn.Module):
         super().__init__()
         check_sizes(hidden_size=hidden_size, num_heads=num_heads, head_dim=head_dim)
         check_activation(activation)
+        check_init_std(conv_init=conv_init)
         self.num_heads = max(1, hidden_size // head_dim) if num_heads is None else num_heads
         self.head_dim, self.activation, self.gate = head_dim, activation, gate
         self.weight_std = head_dim**-0.5 if weight_std is None else weight_std
@@ -73,7 +77,9 @@ class RNN(nn.Module):
         self.state_size = self.num_heads * head_dim
 
         self.in_proj = nn.Linear(hidden_size, (self._inputs + gate) * self.state_size, bias=False)
-        self.conv = ShortConv(self.state_size, conv_size, activation) if conv_size is not None else None
+        self.conv = None
+        if conv_size is not None:
+            self.conv = ShortConv(self.state_size, conv_size, activation, init_std=conv_init)
         self.state_weight = nn.Parameter(torch.empty(self._inputs * self.num_heads, head_dim, head_dim))
         self.norm = nn.RMSNorm(self.state_size, eps=norm_eps) if norm else None
         self.out_proj = OutputProjection(self.state_size, hidden_size)

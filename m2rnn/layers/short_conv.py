@@ -1,5 +1,8 @@
 """Depthwise causal convolution over time with a state, for dense and packed sequences."""
 
+import math
+from numbers import Real
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,30 +18,48 @@ class ShortConv(nn.Module):
 
     The state holds the last ``width - 1`` inputs of each sequence, zeros before its first token, so that
     any split of a sequence into calls gives the same outputs. On a GPU, sequences without a state take
-    the fused kernels of ``m2rnn.ops.short_conv``. Initialised uniformly in ±1/√width, a bias at 0.
+    the fused kernels of ``m2rnn.ops.short_conv``. Initialised uniformly in ±1/√width unless ``init_std`` says
+    otherwise, a bias at 0.
 
     Args:
         channels: number of channels C.
         width: number of taps, at least 1.
         activation: ``"silu"`` or None.
         bias: whether there is one; it takes no weight decay.
+        init_std: s, to start the weights from N(0, s²); None for U(±1/√width).
+
+    Raises:
+        ValueError: for a width below 1, an unknown activation, or an ``init_std`` that is not positive and finite.
     """
 
     _no_weight_decay = ("bias",)
 
-    def __init__(self, channels: int, width: int = 4, activation: str | None = "silu", *, bias: bool = False) -> None:
+    def __init__(
+        self,
+        channels: int,
+        width: int = 4,
+        activation: str | None = "silu",
+        *,
+        bias: bool = False,
+        init_std: float | None = None,
+    ) -> None:
         super().__init__()
         check_sizes(width=width)
         check_activation(activation)
+        check_init_std(init_std=init_std)
         self.width = width
         self.activation = activation
+        self.init_std = init_std
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        bound = self.width**-0.5
-        initialize(self.weight, lambda weight: weight.uniform_(-bound, bound))
+        std, bound = self.init_std, self.width**-0.5
+        if std is None:
+            initialize(self.weight, lambda weight: weight.uniform_(-bound, bound))
+        else:
+            initialize(self.weight, lambda weight: weight.normal_(0, std))
         if self.bias is not None:
             initialize(self.bias, lambda bias: bias.zero_())
 
@@ -98,6 +119,18 @@ class ShortConv(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, width={self.width}, activation={self.activation!r}"
+
+
+def check_init_std(**stds: object) -> None:
+    """Raise a ValueError for a standard deviation that is not a positive finite number, by its name; None is another
+    start."""
+    for name, std in stds.items():
+        number = isinstance(std, Real) and not isinstance(std, bool)
+        if std is not None and not (number and 0 < std < math.inf):  # type: ignore[operator]
+            raise ValueError(
+                f"{name} must be a positive number, the standard deviation that weights start with, or None for the "
+                f"uniform start, got {std!r}"
+            )
 
 
 def check_activation(activation: str | None) -> None:

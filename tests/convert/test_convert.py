@@ -309,11 +309,23 @@ def test_own_models_without_counterpart_are_named(tmp_path: Path) -> None:
                 make(mixers=["m2rnn"], mlps=["swiglu"], mixer_options={"m2rnn": {"num_heads": 4, "num_f_heads": 2}}),
                 "num_f_heads = 2 where the layer has 4 heads",
             ),
+            (
+                make(mixers=["m2rnn"], mlps=["swiglu"], mixer_options={"m2rnn": {"norm_before_gate": True}}),
+                "norm_before_gate = True has no counterpart in lm-engine: its layer gates before it norms",
+            ),
         ]
     ):
         model.save_pretrained(tmp_path / f"{number}")
         with pytest.raises(ConversionError, match=message):
             convert(tmp_path / f"{number}", tmp_path / "theirs")
+
+
+def test_how_weights_start_is_no_matter_for_a_checkpoint_and_survives_the_way_back(tmp_path: Path) -> None:
+    options = {"m2rnn": {"num_heads": 2, "key_dim": 4, "value_dim": 4, "conv_init": 0.02, "weight_init": "normal"}}
+    make(mixers=["m2rnn"], mlps=["swiglu"], mixer_options=options).save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "back")
+    assert config_of(tmp_path / "back")["mixer_options"] == options
 
 
 def test_a_layer_without_convolution_and_activation_has_a_counterpart(tmp_path: Path) -> None:

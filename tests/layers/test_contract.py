@@ -25,6 +25,7 @@ MIXERS = {
         num_v_heads=1,
     ),
     "m2rnn-conv-2": lambda: M2RNN(HIDDEN, 2, 3, 5, conv_size=2, activation=None, weight_init="normal", norm_eps=0.5),
+    "m2rnn-norm-first": lambda: M2RNN(HIDDEN, 4, 3, 5, num_g_heads=2, norm_before_gate=True),
     "attention": lambda: Attention(HIDDEN, 2),
     "attention-rope-grouped": lambda: Attention(HIDDEN, 4, 2, head_dim=6, rope_theta=100.0),
     "gru": lambda: GRU(HIDDEN, 2, 5),
@@ -32,11 +33,13 @@ MIXERS = {
     "rnn": lambda: RNN(HIDDEN, 3, 4, conv_size=3),
     "rnn-plain": lambda: RNN(HIDDEN, 2, 3, conv_size=None, norm=False, gate=False),
     "gated-deltanet": lambda: GatedDeltaNet(HIDDEN, 2, key_dim=3, value_dim=5),
+    "gated-deltanet-norm-first": lambda: GatedDeltaNet(HIDDEN, 2, 3, 5, norm_before_gate=True),
     "gated-deltanet-plain": lambda: GatedDeltaNet(
         HIDDEN, 2, 4, 3, conv_size=None, activation=None, norm=False, gate=False
     ),
     "gated-deltaproduct": lambda: GatedDeltaNet(HIDDEN, 2, 8, 5, num_householder=2, negative_eigenvalues=True),
     "mamba2": lambda: Mamba2(HIDDEN, 3, state_size=5, inner_size=12),
+    "mamba2-norm-first": lambda: Mamba2(HIDDEN, 3, 5, 12, norm_before_gate=True),
     "mamba2-plain": lambda: Mamba2(
         HIDDEN, 2, 3, 10, conv_size=None, activation=None, norm=False, residual=False, gate=False
     ),

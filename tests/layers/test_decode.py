@@ -464,6 +464,30 @@ def test_projections_that_are_more_than_a_linear_layer_are_called() -> None:
     assert torch.equal(layer(tokens[1], state)[0], expected)
 
 
+@pytest.mark.parametrize("static", [False, True])
+@torch.no_grad()
+def test_a_norm_before_the_gate_takes_the_modules_for_single_tokens(
+    static: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decoding operator gates first."""
+    layer = M2RNN(32, 6, 16, 8, num_k_heads=2, num_g_heads=3, norm_before_gate=True).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, 0.1, 0.5)
+    x = torch.randn(2, 7, 32, dtype=torch.float64)
+    whole, final = layer(x)
+    monkeypatch.setattr("m2rnn.layers.m2rnn.decode_step", lambda *_, **__: pytest.fail("the operator ran"))
+    y, state = layer(x[:, :3])
+    state = state.static(9) if static else state
+    addresses = [part.data_ptr() for part in state]
+    parts = [y]
+    for token in x[:, 3:].split(1, 1):
+        y, state = layer(token, state)
+        parts.append(y)
+    assert_close(torch.cat(parts, 1), whole, torch.float64, "output")
+    assert_close(state.recurrent, final.recurrent, torch.float64, "state")
+    assert ([part.data_ptr() for part in state] == addresses) is static
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("part", ["conv", "decay_gate", "norm"])
 def test_hooks_of_a_layers_parts_run_for_single_tokens_too(part: str) -> None:

@@ -18,6 +18,7 @@ OPTIONS = [
     {"conv_size": None},
     {"conv_size": 3, "activation": None},
     {"conv_size": None, "activation": None, "norm": False, "gate": False},
+    {"norm_before_gate": True},
 ]
 
 
@@ -52,6 +53,9 @@ def straight_line(layer: GatedDeltaNet, x: Tensor, options: dict) -> Tensor:
                 S = S - beta * torch.outer(k, k) @ S + beta * torch.outer(k, v)
             states[n] = S
             y = S.T @ q
+            if options.get("norm_before_gate"):
+                row.append(rms_norm(y, p["norm.weight"]) * silu(g[t, n * VALUE :][:VALUE]))
+                continue
             if options.get("gate", True):
                 y = y * silu(g[t, n * VALUE :][:VALUE])
             row.append(rms_norm(y, p["norm.weight"]) if options.get("norm", True) else y)
@@ -113,6 +117,9 @@ def test_parameter_counts_are_those_of_the_published_models(hidden: int, heads: 
         ({"value_dim": 0}, "value_dim must be at least 1, got 0"),
         ({"num_householder": 0}, "num_householder must be at least 1, got 0"),
         ({"activation": "relu"}, "activation must be 'silu' or None, got 'relu'"),
+        ({"conv_init": -0.02}, "conv_init must be a positive number, .* got -0.02"),
+        ({"norm_before_gate": True, "norm": False}, "orders the norm and the gate, but norm=False: leave"),
+        ({"norm_before_gate": True, "gate": False}, "orders the norm and the gate, but gate=False: leave"),
     ],
 )
 def test_bad_options_are_refused(options: dict, message: str) -> None:

@@ -25,6 +25,7 @@ OPTIONS = [
     {"conv_size": None, "activation": None, "norm": False, "residual": False, "gate": False},
     {"gate": False},
     {"norm": False},
+    {"norm_before_gate": True, "num_g_heads": 2},
 ]
 
 
@@ -50,7 +51,7 @@ def straight_line(layer: M2RNN, x: Tensor, options: dict) -> Tensor:
     rows = []
     states = [torch.zeros(KEY, VALUE, dtype=x.dtype)] * HEADS
     for t in range(len(x)):
-        row = []
+        row, gates = [], []
         for n in range(HEADS):
 
             def source(name: str, n: int = n) -> int:
@@ -67,12 +68,15 @@ def straight_line(layer: M2RNN, x: Tensor, options: dict) -> Tensor:
             y = states[n].T @ q
             if options.get("residual", True):
                 y = y + p["D"][n] * v
-            if options.get("gate", True):
-                y = y * silu(g[t, source("g") * VALUE :][:VALUE])
             row.append(y)
+            if options.get("gate", True):
+                gates.append(silu(g[t, source("g") * VALUE :][:VALUE]))
         y = torch.cat(row)
-        if options.get("norm", True):
-            y = rms_norm(y, p["norm.weight"])
+        if options.get("norm_before_gate"):
+            y = rms_norm(y, p["norm.weight"]) * torch.cat(gates)
+        else:
+            y = y * torch.cat(gates) if gates else y
+            y = rms_norm(y, p["norm.weight"]) if options.get("norm", True) else y
         rows.append(p["out_proj.weight"] @ y)
     return torch.stack(rows)
 
@@ -128,6 +132,9 @@ def test_normal_W_has_variance_one_over_V() -> None:
         ({"weight_init": "zero"}, "weight_init must be 'identity' or 'normal', got 'zero'"),
         ({"activation": "relu"}, "activation must be 'silu' or None, got 'relu'"),
         ({"conv_size": 0}, "width must be at least 1, got 0"),
+        ({"conv_init": 0.0, "conv_size": None}, "conv_init must be a positive number, .* got 0.0"),
+        ({"norm_before_gate": True, "norm": False}, "orders the norm and the gate, but norm=False: leave"),
+        ({"norm_before_gate": True, "gate": False}, "orders the norm and the gate, but gate=False: leave"),
     ],
 )
 def test_bad_options_are_refused(options: dict, message: str) -> None:

@@ -15,6 +15,7 @@ OPTIONS = [
     {"conv_size": None},
     {"conv_size": 3, "activation": None},
     {"conv_size": None, "activation": None, "norm": False, "residual": False, "gate": False},
+    {"norm_before_gate": True},
 ]
 
 
@@ -40,10 +41,11 @@ def straight_line(layer: Mamba2, x: Tensor, options: dict) -> Tensor:
             y = states[n] @ C
             row.append(y + p["D"][n] * u if options.get("residual", True) else y)
         y = torch.cat(row)
-        if options.get("gate", True):
-            y = y * silu(g[t])
-        if options.get("norm", True):
-            y = rms_norm(y, p["norm.weight"])
+        if options.get("norm_before_gate"):
+            y = rms_norm(y, p["norm.weight"]) * silu(g[t])
+        else:
+            y = y * silu(g[t]) if options.get("gate", True) else y
+            y = rms_norm(y, p["norm.weight"]) if options.get("norm", True) else y
         rows.append(p["out_proj.weight"] @ y)
     return torch.stack(rows)
 
@@ -90,6 +92,9 @@ def test_parameter_counts_are_those_of_the_published_models(
         ({"inner_size": "64"}, "inner_size must be a whole number, got '64'"),
         ({"inner_size": -64}, "inner_size must be at least 1, got -64"),
         ({"activation": "relu"}, "activation must be 'silu' or None, got 'relu'"),
+        ({"conv_init": float("nan")}, "conv_init must be a positive number, .* got nan"),
+        ({"norm_before_gate": True, "norm": False}, "orders the norm and the gate, but norm=False: leave"),
+        ({"norm_before_gate": True, "gate": False}, "orders the norm and the gate, but gate=False: leave"),
     ],
 )
 def test_bad_options_are_refused(options: dict, message: str) -> None:

@@ -114,6 +114,7 @@ def test_W_starts_as_asked(name: str) -> None:
         ({"conv_size": 2.5}, "width must be a whole number, got 2.5"),
         ({"activation": "relu"}, "activation must be 'silu' or None, got 'relu'"),
         ({"conv_size": 0}, "width must be at least 1, got 0"),
+        ({"conv_init": float("inf")}, "conv_init must be a positive number, .* got inf"),
     ],
 )
 @pytest.mark.parametrize("name", LAYERS)

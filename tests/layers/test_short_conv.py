@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from m2rnn.layers import Packing, ShortConv, short_conv
+from m2rnn.layers import GRU, M2RNN, RNN, GatedDeltaNet, Mamba2, Packing, ShortConv, short_conv
 from tests.ops.test_short_conv import DEVICE
 from tests.ops.triton_runs import runs_triton
 from tests.tolerances import assert_close
@@ -36,6 +36,33 @@ def test_weights_start_uniform_in_the_inverse_root_of_the_width() -> None:
     weight = ShortConv(5000, 4).weight
     assert weight.abs().max() <= 0.5
     assert weight.std().item() == pytest.approx(1 / 12**0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("std", [0.02, 1, 3.0])
+def test_weights_start_normal_with_a_given_standard_deviation(std: float) -> None:
+    conv = ShortConv(5000, 4, bias=True, init_std=std)
+    for _ in range(2):
+        weight = conv.weight.detach()
+        assert weight.std().item() == pytest.approx(std, rel=0.05)
+        assert abs(weight.mean().item()) < 0.05 * std
+        assert (weight.abs() > 2 * std).double().mean().item() == pytest.approx(0.0455, rel=0.2)  # a normal's tails
+        assert not conv.bias.any()
+        conv.reset_parameters()
+
+
+@pytest.mark.parametrize("layer", [M2RNN, GatedDeltaNet, Mamba2, RNN, GRU])
+def test_mixers_hand_the_start_on_to_their_convolution(layer: type) -> None:
+    options = {"conv_size": 4} | ({"num_heads": 3, "key_dim": 300, "value_dim": 300} if layer is GatedDeltaNet else {})
+    given = layer(512, **options, conv_init=0.02).conv.weight
+    assert given.numel() > 2000
+    assert given.std().item() == pytest.approx(0.02, rel=0.05)
+    assert 0.49 < layer(512, **options).conv.weight.abs().max() <= 0.5
+
+
+@pytest.mark.parametrize("std", [0, -0.02, float("inf"), float("nan"), "0.02", True])
+def test_a_start_that_is_no_positive_number_is_refused(std: object) -> None:
+    with pytest.raises(ValueError, match=f"init_std must be a positive number, .* got {std!r}"):
+        ShortConv(3, init_std=std)
 
 
 def test_bad_options_are_refused() -> None:

@@ -227,6 +227,27 @@ def test_start_of_the_linear_recurrences(construction: str) -> None:
     assert (mamba2.conv.bias == 0).all()
 
 
+@pytest.mark.parametrize("construction", ["constructor", "meta", "from_pretrained"])
+@pytest.mark.filterwarnings("default")
+def test_convolutions_start_as_asked_in_every_mixer(construction: str, tmp_path: Path) -> None:
+    names = ["m2rnn", "gru", "rnn", "gated_deltanet", "mamba2"]
+    sizes = {"gated_deltanet": {"num_heads": 2, "key_dim": 200, "value_dim": 200}}
+    options = {name: {"conv_init": 0.07} | sizes.get(name, {"num_heads": 128}) for name in names}
+    fields = {"mixers": names, "mixer_options": options}
+    if construction == "meta":
+        model = on_the_meta_device(**fields)
+    else:
+        model = M2RNNForCausalLM(wide_config(**fields))
+    if construction == "from_pretrained":
+        model.save_pretrained(tmp_path)
+        file = tmp_path / "model.safetensors"
+        kept = {name: value for name, value in load_file(file).items() if "conv.weight" not in name}
+        save_file(kept, file, metadata={"format": "pt"})
+        model = M2RNNForCausalLM.from_pretrained(tmp_path)
+    for block in model.model.layers:
+        assert block.mixer.conv.weight.std().item() == pytest.approx(0.07, rel=0.05)
+
+
 def test_config_file_is_plain_json(tmp_path: Path) -> None:
     config("hybrid").save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
