@@ -1,6 +1,6 @@
 """A causal language model from its folder, and the loss of every token that it is asked for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+TOKENS_PER_BATCH = 2**14  # unless a batch is asked for
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 
 
@@ -47,6 +48,11 @@ class LanguageModel:
     @property
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def to_logits(self) -> nn.Module:
+        """What makes logits of that which the model is asked for: its head, or nothing."""
+        return nn.Identity() if self.head is None else self.head
 
     def check_length(self, length: int) -> None:
         """Raise ``ValueError`` if the model has no position embedding for so many tokens."""
@@ -89,7 +95,12 @@ def load_model(folder: Path, device: str, dtype: str = "auto") -> LanguageModel:
         raise ValueError(
             f"{folder}: the weights of {len(absent)} tensors are missing or of another shape, such as {min(absent)}"
         )
-    model = model.to(device).eval()
+    return in_memory(model.to(device), folder)
+
+
+def in_memory(model: PreTrainedModel, folder: Path = Path()) -> LanguageModel:
+    """A model that is loaded already, which this puts into evaluation mode; messages name it by ``folder``."""
+    model.eval()
     return LanguageModel(folder, model, _plain_head(model))
 
 
@@ -134,7 +145,41 @@ def _plain_head(model: PreTrainedModel) -> nn.Module | None:
 
 
 @torch.inference_mode()
-def token_losses(model: LanguageModel, ids: Tensor, labels: Tensor, segment: int | None = None) -> Tensor:
+def read(
+    model: LanguageModel, ids: Tensor, stops: Sequence[int], keep_state: bool = False
+) -> Iterator[tuple[slice, Tensor, Any]]:
+    """Read ``ids`` ``[B, T]`` up to each of ``stops`` in turn, carrying the state (transformers' cache) on.
+
+    Yields:
+        The places of a part, the ``[B, part, …]`` that ``model.to_logits`` takes there, and the state after it: None
+        if there is but one part, unless ``keep_state``.
+
+    Raises:
+        ValueError: if the model returns no state to carry.
+    """
+    run: Callable[..., Any] = model.model if model.head is None else model.model.base_model
+    carries = keep_state or len(stops) > 1
+    state, start = None, 0
+    for stop in stops:
+        carried: dict[str, Any] = {CACHE_NAME: state} if state is not None else {}
+        outputs = run(input_ids=ids[:, start:stop], use_cache=carries, **carried)
+        if carries:
+            state = outputs.get(CACHE_NAME)
+            if state is None:
+                raise ValueError(f"{model.folder} returns no cache to carry on: use segment 0, whole windows")
+        yield slice(start, stop), outputs.logits if model.head is None else outputs.last_hidden_state, state
+        start = stop
+
+
+@torch.inference_mode()
+def token_losses(
+    model: LanguageModel,
+    ids: Tensor,
+    labels: Tensor,
+    segment: int | None = None,
+    positions: Sequence[int] = (),
+    measure: Callable[[Any], None] | None = None,
+) -> Tensor:
     """``-log p(label)`` for each label that is not -100, float32 (float64 for a float64 model), in their order.
 
     The logits are computed for labelled places only, a part at a time, and reduced in float32.
@@ -144,29 +189,21 @@ def token_losses(model: LanguageModel, ids: Tensor, labels: Tensor, segment: int
             model does not see what follows.
         labels: ``[B, T]``, the token that each place predicts, or -100.
         segment: read so many tokens at a time and carry the state (transformers' cache) on; None for all at once.
+        positions: numbers of tokens after which ``measure`` is called with the state; a part ends there.
 
     Raises:
         ValueError: if the model returns no state to carry.
     """
     length = ids.shape[1]
     step = length if segment is None else segment
+    stops = sorted({*range(step, length, step), *positions, length})
     losses = torch.zeros(labels.shape, dtype=torch.float64, device=ids.device)
-    found: Tensor
-    state = None
-    run: Callable[..., Any] = model.model if model.head is None else model.model.base_model
-    head: Callable[[Tensor], Tensor] = torch.nn.Identity() if model.head is None else model.head
-    for start in range(0, length, step):
-        part = slice(start, start + step)
-        carried: dict[str, Any] = {CACHE_NAME: state} if state is not None else {}
-        outputs = run(input_ids=ids[:, part], use_cache=step < length, **carried)
+    for part, hidden, state in read(model, ids, stops, keep_state=bool(positions)):
         wanted = labels[:, part] != IGNORED
-        hidden = outputs.logits if model.head is None else outputs.last_hidden_state
-        found = chunked_token_losses(hidden[wanted], labels[:, part][wanted], head, model.vocab_size)
+        found = chunked_token_losses(hidden[wanted], labels[:, part][wanted], model.to_logits, model.vocab_size)
         losses[:, part][wanted] = found.double()
-        if step < length:
-            state = outputs.get(CACHE_NAME)
-            if state is None:
-                raise ValueError(f"{model.folder} returns no cache to carry on: use segment 0, whole windows")
+        if measure is not None and part.stop in positions:
+            measure(state)
     return losses[labels != IGNORED]
 
 

@@ -7,7 +7,7 @@ results are sums in a fixed order, whatever the batches were.
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +24,7 @@ from m2rnn.data.token_files import TokenDataset, read_manifest
 from m2rnn.evaluation import text as texts
 from m2rnn.evaluation import windows as layout
 from m2rnn.evaluation.language_model import (
+    TOKENS_PER_BATCH,
     LanguageModel,
     check_model_folders,
     check_segments,
@@ -35,6 +36,7 @@ from m2rnn.evaluation.language_model import (
 )
 from m2rnn.evaluation.machine import check_device, hardware, versions
 from m2rnn.evaluation.perplexity_report import PLOTS, write_plots
+from m2rnn.evaluation.spectra import recurrent_layers, rms_of_states
 from m2rnn.evaluation.text import Text
 from m2rnn.evaluation.windows import Windows
 from m2rnn.models.loss import IGNORED
@@ -42,7 +44,6 @@ from m2rnn.training.display import Display
 
 LOSSES = "losses"
 PENDING = -1.0  # no loss is negative
-TOKENS_PER_BATCH = 2**14
 POSITION_BUCKETS = 8  # of one training length
 
 Results = dict[str, Any]
@@ -304,31 +305,144 @@ def score(
     Returns:
         The losses, the seconds it took and the tokens that were scored in them.
     """
-    if not path.exists() or path.stat().st_size != 4 * len(text.tokens):
-        write_whole_file(path, np.full(len(text.tokens), PENDING, np.float32).tobytes())
-    losses: NDArray[np.float32] = np.memmap(path, "<f4", mode="r+", shape=(len(text.tokens),))
-    began, scored, done = time.monotonic(), 0, 0
-    for batch in batches(windows, settings.batch):
-        places = [slice(int(windows.first[n]), int(windows.stop[n])) for n in batch]
-        done += sum(place.stop - place.start for place in places)
-        if all((losses[place] != PENDING).all() for place in places):
-            continue
-        ids, labels = rows(text, windows, batch)
-        found = token_losses(
-            model, ids.to(model.model.device), labels.to(model.model.device), _segment(settings, ids.shape[1])
-        )
-        ends = np.cumsum([place.stop - place.start for place in places])
-        if not bool(found.isfinite().all()):
-            raise ValueError(f"{title}: a loss is not finite: the model has diverged, or needs another dtype")
-        for place, values in zip(places, np.split(found.float().cpu().numpy(), ends[:-1]), strict=True):
-            losses[place] = values
-        scored += int(ends[-1])
+    losses = _kept(path, (len(text.tokens),))
+    began, scored = time.monotonic(), 0
+    for count, done in fill_in(
+        model, text, windows, losses, batch=settings.batch, segment=settings.segment, title=title
+    ):
+        scored += count
         seconds = time.monotonic() - began
         display.update(
             f"{title}: {done / windows.num_scored:.0%} of {windows.num_scored:,} tokens, {scored / seconds:,.0f}/s"
         )
-    losses.flush()  # type: ignore[attr-defined]
+    losses.flush()
     return losses, time.monotonic() - began, scored
+
+
+def _kept(path: Path, shape: tuple[int, ...]) -> "np.memmap[Any, np.dtype[np.float32]]":
+    """The numbers in the file, `PENDING` where there is none yet."""
+    if not path.exists() or path.stat().st_size != 4 * math.prod(shape):
+        write_whole_file(path, np.full(shape, PENDING, "<f4").tobytes())
+    return np.memmap(path, "<f4", mode="r+", shape=shape)
+
+
+def losses_of(
+    model: LanguageModel, text: Text, windows: Windows, *, batch: int | None = None, segment: int | None = 8192
+) -> NDArray[np.float32]:
+    """The loss of every token that the windows predict, in memory.
+
+    Args:
+        batch, segment: as in `PerplexitySettings`.
+
+    Returns:
+        ``[tokens of the text]``, -1 (`PENDING`) where a token is not predicted.
+
+    Raises:
+        ValueError: if a loss is not finite.
+    """
+    losses = np.full(len(text.tokens), PENDING, np.float32)
+    for _ in fill_in(model, text, windows, losses, batch=batch, segment=segment):
+        pass
+    return losses
+
+
+def losses_and_states(
+    model: LanguageModel,
+    text: Text,
+    windows: Windows,
+    positions: Sequence[int],
+    *,
+    batch: int | None = None,
+    segment: int | None = 8192,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """`losses_of` and `state_rms` from one reading."""
+    shortest = int((windows.stop - windows.start).min()) - 1
+    if not positions or sorted({*positions}) != [*positions] or positions[0] < 1 or positions[-1] > shortest:
+        raise ValueError(
+            f"positions {list(positions)}: expected increasing numbers from 1 to {shortest}, what the shortest window "
+            "reads"
+        )
+    if not recurrent_layers(model.model):
+        raise ValueError(f"{model.folder} has no layers of this library with a recurrent state: use losses_of")
+    losses = np.full(len(text.tokens), PENDING, np.float32)
+    states = np.full((len(windows), len(positions), len(recurrent_layers(model.model))), PENDING, np.float32)
+    for _ in fill_in(model, text, windows, losses, states, positions, batch=batch, segment=segment):
+        pass
+    return losses, states
+
+
+def state_rms(
+    model: LanguageModel,
+    text: Text,
+    windows: Windows,
+    positions: Sequence[int],
+    *,
+    batch: int | None = None,
+    segment: int | None = 8192,
+) -> NDArray[np.float32]:
+    """Root mean square of the recurrent state after so many tokens of a window, by layer.
+
+    Args:
+        positions: numbers of tokens, in increasing order, none beyond the end of the shortest window.
+        batch, segment: as in `PerplexitySettings`.
+
+    Returns:
+        ``[windows, positions, layers]``, of the layers that `recurrent_layers` names.
+
+    Raises:
+        ValueError: for positions that a window does not have, or a model without recurrent layers of this library.
+    """
+    return losses_and_states(model, text, windows, positions, batch=batch, segment=segment)[1]
+
+
+def fill_in(
+    model: LanguageModel,
+    text: Text,
+    windows: Windows,
+    losses: NDArray[np.float32],
+    states: NDArray[np.float32] | None = None,
+    positions: Sequence[int] = (),
+    *,
+    batch: int | None = None,
+    segment: int | None = None,
+    title: str = "",
+) -> Iterator[tuple[int, int]]:
+    """Score the windows that have `PENDING` places in ``losses`` or ``states``, and write there what comes out.
+
+    Args:
+        losses: ``[tokens of the text]``.
+        states: ``[windows, positions, recurrent layers]``, see `state_rms`; None not to measure them.
+
+    Yields:
+        After each batch, how many tokens were scored in it, and how many have been so far, those found there included.
+
+    Raises:
+        ValueError: if a loss is not finite.
+    """
+    layers = list(recurrent_layers(model.model))
+    measured: list[torch.Tensor] = []
+    done = 0
+    for numbers in batches(windows, batch):
+        places = [slice(int(windows.first[n]), int(windows.stop[n])) for n in numbers]
+        done += sum(place.stop - place.start for place in places)
+        known = all((losses[place] != PENDING).all() for place in places)
+        if known and (states is None or bool((states[numbers] != PENDING).all())):
+            continue
+        ids, labels = (x.to(model.model.device) for x in rows(text, windows, numbers))
+        step = segment if segment is not None and ids.shape[1] > segment else None
+        measured.clear()
+        found = token_losses(
+            model, ids, labels, step, positions, lambda state: measured.append(rms_of_states(state, layers))
+        )
+        ends = np.cumsum([place.stop - place.start for place in places])
+        if not bool(found.isfinite().all()):
+            where = title or str(model.folder)
+            raise ValueError(f"{where}: a loss is not finite: the model has diverged, or needs another dtype")
+        if states is not None:
+            states[numbers] = torch.stack(measured, 1).float().cpu().numpy()
+        for place, values in zip(places, np.split(found.float().cpu().numpy(), ends[:-1]), strict=True):
+            losses[place] = values
+        yield int(ends[-1]), done
 
 
 def _segment(settings: PerplexitySettings, length: int) -> int | None:
@@ -382,22 +496,44 @@ def summary(losses: NDArray[np.float32], text: Text, windows: Windows) -> Result
     }
 
 
+def losses_by_window(losses: NDArray[np.float32], windows: Windows, width: int) -> NDArray[np.float64]:
+    """Mean loss of every ``width`` predictions of each window ``[windows, parts]``; the last part may be shorter.
+
+    With windows of N times the training length (`m2rnn.evaluation.windows.whole`) and that as the width, it is the
+    loss at each multiple of the training length. One window a document makes rows that pair models by document.
+
+    Args:
+        losses: of all tokens of the text.
+        windows: that predict equally many tokens each.
+    """
+    length = int(windows.stop[0] - windows.first[0])
+    table = np.stack([losses[first : first + length] for first in windows.first]).astype(np.float64)
+    assert (windows.stop - windows.first == length).all()
+    assert not (table == PENDING).any()
+    return np.stack([table[:, start : start + width].mean(1) for start in range(0, length, width)], 1)
+
+
 def by_position(losses: NDArray[np.float32], windows: Windows, settings: PerplexitySettings) -> Results:
     """Mean loss of predictions by how many tokens they saw, in parts of the training length."""
     assert settings.train_length is not None
     train_length, length = settings.train_length, settings.train_length * settings.beyond
-    table = np.stack([losses[first : first + length] for first in windows.first]).astype(np.float64)
-    assert not (table == PENDING).any()
 
-    def mean(start: int, stop: int) -> Results:
-        each = table[:, start:stop].mean(1)
-        error = float(each.std(ddof=1) / math.sqrt(len(each))) if len(each) > 1 else None
-        return {"start": start, "stop": stop, "loss": float(each.mean()), "standard_error": error}
+    def means(width: int) -> list[Results]:
+        table = losses_by_window(losses, windows, width)
+        errors = table.std(0, ddof=1) / math.sqrt(len(table)) if len(table) > 1 else [None] * table.shape[1]
+        return [
+            {
+                "start": n * width,
+                "stop": min((n + 1) * width, length),
+                "loss": float(loss),
+                "standard_error": None if error is None else float(error),
+            }
+            for n, (loss, error) in enumerate(zip(table.mean(0), errors, strict=True))
+        ]
 
-    width = max(1, train_length // POSITION_BUCKETS)
     return {
         "train_length": train_length,
         "windows": len(windows),
-        "multiples": [mean(start, start + train_length) for start in range(0, length, train_length)],
-        "buckets": [mean(start, min(start + width, length)) for start in range(0, length, width)],
+        "multiples": means(train_length),
+        "buckets": means(max(1, train_length // POSITION_BUCKETS)),
     }
