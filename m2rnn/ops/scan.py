@@ -143,7 +143,9 @@ def _apply(
     inputs = (q, k, v, f, weight, initial_state)
     refuse_forward_mode("m2rnn_scan", inputs)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    save = save and not torch.compiler.is_exporting()  # how many states depends on T, which an export leaves open
+    # How many states depends on T, which an export leaves open. The flag and not is_exporting(), which torch 2.11's
+    # compiler takes for true in every trace: compiled training would run the forward pass twice.
+    save = save and not torch.compiler._is_exporting_flag
     clip = None if state_clip is None else float(state_clip)
     y, final_state, _ = torch.ops.m2rnn.scan(*inputs, cu_seqlens, check_offsets, clip, backend, save)
     return y, final_state
