@@ -23,6 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from m2rnn.data.batches import PackedBatches
 from m2rnn.data.run_folder import to_json, write_whole_file
+from m2rnn.layers.state_weight import bound_state_weights
 from m2rnn.models import M2RNNConfig
 from m2rnn.training.display import Display
 from m2rnn.training.run_log import Log
@@ -169,6 +170,13 @@ class Monitor(TrainerCallback):
             parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
             norm = torch.linalg.vector_norm(norms)
             clip_grads_with_norm_(parameters, self.settings.max_gradient_norm, norm)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        number = state.global_step + 1
+        if number % self.settings.bound_every == 0 or number == self.settings.steps:
+            bound_state_weights(kwargs["model"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self.step is not None

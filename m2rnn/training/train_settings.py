@@ -34,6 +34,8 @@ FREE = (
     "skip_steps",
     "valid_sequences",
 )
+# Settings that older runs do not name: with the default, such a run goes on.
+NEWER = ("bound_every",)
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class TrainSettings:
         min_learning_rate: at the end, as a share of the peak.
         beta1, beta2, epsilon, weight_decay: of AdamW.
         max_gradient_norm: longer gradients are scaled down to it.
+        bound_every: steps after which W is cut to the model's ``state_weight_bound`` again, if it has one; after the
+            last step always.
         seed: of the weights and of the order of the data.
         precision: ``bfloat16`` (autocast; weights and optimizer stay float32), ``float32``, or ``auto``: bfloat16 on a
             GPU, else float32.
@@ -89,6 +93,7 @@ class TrainSettings:
     epsilon: float = 1e-10
     weight_decay: float = 0.1
     max_gradient_norm: float = 1.0
+    bound_every: int = 4
     seed: int = 0
     precision: str = "auto"
     device: str = "auto"
@@ -105,7 +110,15 @@ class TrainSettings:
     valid_sequences: int = 64
 
     def __post_init__(self) -> None:
-        positive = ("context", "batch_size", "micro_batch_size", "steps", "checkpoint_every", "log_every")
+        positive = (
+            "context",
+            "batch_size",
+            "micro_batch_size",
+            "steps",
+            "checkpoint_every",
+            "log_every",
+            "bound_every",
+        )
         for name in positive:
             self._check(name, getattr(self, name) >= 1, "a whole number of at least 1")
         self._check("keep_checkpoints", self.keep_checkpoints >= 2, "at least 2, in case one is damaged")
@@ -134,7 +147,12 @@ class TrainSettings:
 
     def deciding(self) -> dict[str, Any]:
         """The settings that a run cannot change when it goes on."""
-        return {name: value for name, value in asdict(self).items() if name not in FREE}
+        defaults = {each.name: each.default for each in fields(self)}
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in FREE and not (name in NEWER and value == defaults[name])
+        }
 
     def accumulation(self, processes: int) -> int:
         """Micro-batches that each process takes in a step.
