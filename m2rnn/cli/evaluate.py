@@ -35,9 +35,24 @@ def evaluate(
         int | None, typer.Option(help="Tokens from one sliding window to the next; default half the context.")
     ] = None,
     train_length: Annotated[
-        int | None, typer.Option(help="Tokens of a training sequence: measure the loss by position beyond them too.")
+        int | None,
+        typer.Option(
+            help="Tokens of a training sequence: measure the loss by position beyond them too, and the size of "
+            "recurrent states."
+        ),
     ] = None,
     beyond: Annotated[int, typer.Option(help="Up to how many times the training length.")] = 8,
+    recall: Annotated[
+        bool,
+        typer.Option(
+            "--recall",
+            help="Also split the loss into tokens that repeat an earlier n-gram of their document and others, and "
+            "measure copying and the loss with attention off.",
+        ),
+    ] = False,
+    recall_ngram: Annotated[
+        int | None, typer.Option(help="Tokens before a repeated one that must repeat, too; default 3.")
+    ] = None,
     split: Annotated[
         str | None, typer.Option(help="Of prepared text: train, valid or test; default valid if there is one.")
     ] = None,
@@ -67,14 +82,17 @@ def evaluate(
     """Measure how well models predict text: loss, perplexity, bits per byte; or run benchmarks.
 
     Every token but the first of a document is scored once, at each context length; no document sees another. Bits per
-    byte compares models of different tokenizers. With --train-length, also the loss by position beyond it. Writes
-    results.json, plots and every token's loss into the folder. Interrupted, the same command goes on.
+    byte compares models of different tokenizers. With --train-length, also the loss by position beyond it, and the
+    size of recurrent states. With --recall, how well a model recalls what it has read. Writes results.json, plots and
+    every token's loss into the folder. Interrupted, the same command goes on.
 
     Examples:
 
     m2rnn eval runs/a/model runs/b/model --data test.jsonl --context 512,2048,8192 --out runs/eval
 
     m2rnn eval runs/a/model --data data/corpus --train-length 2048 --beyond 8 --join
+
+    m2rnn eval runs/a/model --data data/corpus --recall
 
     m2rnn eval runs/a/model --tasks lambada_openai,hellaswag --batch 16
     """
@@ -89,7 +107,14 @@ def evaluate(
     with user_errors(ValueError, interrupted=interrupted), out_of_memory(advice):
         if (data is None) == (tasks is None):
             raise ValueError("expected one of --data, a text, and --tasks, benchmarks")
-        of_data = {"stride": stride, "train_length": train_length, "split": split, "documents": documents}
+        of_data = {
+            "stride": stride,
+            "train_length": train_length,
+            "recall": recall or None,
+            "recall_ngram": recall_ngram,
+            "split": split,
+            "documents": documents,
+        }
         of_tasks = {
             "include_path": include_path,
             "limit": limit,
@@ -123,6 +148,8 @@ def evaluate(
             typer.echo(f"\nresults and every answer: {out}", err=as_json)
             return
         assert data is not None
+        if recall_ngram is not None and not recall:
+            raise ValueError(f"recall_ngram {recall_ngram}: expected with --recall")
         settings = PerplexitySettings(
             contexts=contexts or (1024,),
             windows=windows,  # type: ignore[arg-type] # checked by PerplexitySettings
@@ -137,6 +164,8 @@ def evaluate(
             device=device or default_device(),
             batch=batch,
             segment=segment or None,
+            recall=recall,
+            recall_ngram=3 if recall_ngram is None else recall_ngram,
         )
         with Display(sys.stderr) as display:
             results = evaluate_perplexity(models, data, settings, out, overwrite=overwrite, display=display)

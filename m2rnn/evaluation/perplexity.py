@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 from urllib.parse import quote
 
 import numpy as np
@@ -36,17 +36,19 @@ from m2rnn.evaluation.language_model import (
 )
 from m2rnn.evaluation.machine import check_device, hardware, versions
 from m2rnn.evaluation.perplexity_report import PLOTS, write_plots
-from m2rnn.evaluation.spectra import recurrent_layers, rms_of_states
+from m2rnn.evaluation.recall import attention_off, copying, is_hybrid, repeated, split_losses, text_ids
+from m2rnn.evaluation.spectra import recurrent_layers, rms_of_states, spectra, summary_of_states
 from m2rnn.evaluation.text import Text
 from m2rnn.evaluation.windows import Windows
 from m2rnn.models.loss import IGNORED
 from m2rnn.training.display import Display
 
-LOSSES = "losses"
+LOSSES, STATES = "losses", "states"
 PENDING = -1.0  # no loss is negative
 POSITION_BUCKETS = 8  # of one training length
 
 Results = dict[str, Any]
+Kept: TypeAlias = np.memmap[Any, np.dtype[np.float32]]  # numbers that a file keeps
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,9 @@ class PerplexitySettings:
         device: ``"cpu"`` or ``"cuda"``.
         batch: windows at a time; None for as many as `TOKENS_PER_BATCH` tokens make.
         segment: longer windows are read so many tokens at a time, carrying the state; None for none.
+        recall: split the losses into tokens that repeat an earlier n-gram of their document and others, and measure
+            copying and, in hybrids, what attention adds; see `m2rnn.evaluation.recall`.
+        recall_ngram: n, the tokens before a repeated one.
 
     Raises:
         ValueError: for a value that cannot be.
@@ -86,6 +91,8 @@ class PerplexitySettings:
     device: str = "cpu"
     batch: int | None = None
     segment: int | None = 8192
+    recall: bool = False
+    recall_ngram: int = 3
 
     def __post_init__(self) -> None:
         given = [context for context in self.contexts if context is not None]
@@ -97,7 +104,7 @@ class PerplexitySettings:
             raise ValueError("packed windows have neither a stride nor the context full: use sliding windows")
         if self.stride is not None and not 1 <= self.stride <= min(given, default=self.stride):
             raise ValueError(f"stride {self.stride}: expected 1 to the shortest context, {min(given, default=1)}")
-        for name in ("train_length", "documents", "batch", "beyond", "segment"):
+        for name in ("train_length", "documents", "batch", "beyond", "segment", "recall_ngram"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value}: expected at least 1")
@@ -171,7 +178,8 @@ def evaluate_perplexity(
 
     Run again, it goes on where it stopped; finished, it only reads the results. In ``losses/`` there is one file a
     model and measurement: little-endian float32, one number a token of the text, in order; -1 where the token is not
-    scored.
+    scored. In ``states/`` there is one file a model with recurrent layers, if the loss by position is measured:
+    float32 ``[windows, multiples of the training length, recurrent layers]``, see `state_rms`.
 
     Raises:
         ValueError: for what a user can get wrong: models, tokenizers, text, lengths.
@@ -189,13 +197,13 @@ def evaluate_perplexity(
         "text": _text_version(data, settings),
         "models": {name: [str(f.resolve()), fingerprint(f)] for name, f in zip(names, folders, strict=True)},
     }
-    with run_folder(out, described, overwrite, (LOSSES, RESULTS, *PLOTS)):
+    with run_folder(out, described, overwrite, (LOSSES, STATES, RESULTS, *PLOTS)):
         if (out / RESULTS).exists():
             return _read(out)
         results: Results = {"settings": {**settings.as_json(), **described}, "models": {}}
         for name, folder in zip(names, folders, strict=True):
             display.say(f"{name}: loading")
-            results["models"][name] = _evaluate_model(name, folder, data, settings, out / LOSSES, display)
+            results["models"][name] = _evaluate_model(name, folder, data, settings, out, display)
         results["versions"] = versions(("m2rnn", "torch", "transformers", "tokenizers", "numpy"))
         results["hardware"] = hardware(settings.device)
         write_plots(out, results)
@@ -221,7 +229,7 @@ def _text_version(data: str, settings: PerplexitySettings) -> Any:
 
 
 def _evaluate_model(
-    name: str, folder: Path, data: str, settings: PerplexitySettings, losses_folder: Path, display: Display
+    name: str, folder: Path, data: str, settings: PerplexitySettings, out: Path, display: Display
 ) -> Results:
     model = load_model(folder, settings.device, settings.dtype)
     text = load_text(folder, model.vocab_size, data, settings, display)
@@ -243,25 +251,90 @@ def _evaluate_model(
         },
         "contexts": [],
         "positions": None,
+        "spectra": [],
+        "state_rms": [],
+        "recall": None,
     }
-    losses_folder.mkdir(exist_ok=True)
+    layers = recurrent_layers(model.model)
+    again = repeated(text.tokens, text.ends, settings.recall_ngram) if settings.recall else None
+    for folder_name in (LOSSES, *([STATES] if layers and settings.train_length is not None else ())):
+        (out / folder_name).mkdir(exist_ok=True)
+
+    def measure(
+        each: Measurement, suffix: str = "", states: Kept | None = None, positions: Sequence[int] = ()
+    ) -> tuple[NDArray[np.float32], float, int]:
+        path = out / LOSSES / f"{quote(name, safe='')}.{each.name}{suffix}.f32"
+        title = f"{name}, {each.name}{suffix}"
+        return score(model, text, each.windows, path, settings, title, display, states, positions)
+
     for each in planned:
-        path = losses_folder / f"{quote(name, safe='')}.{each.name}.f32"
-        losses, seconds, tokens = score(model, text, each.windows, path, settings, f"{name}, {each.name}", display)
         if each.by_position:
+            assert settings.train_length is not None
+            multiples = [settings.train_length * (n + 1) for n in range(settings.beyond)]
+            states = None
+            if layers:
+                shape = len(each.windows), len(multiples), len(layers)
+                states = _kept(out / STATES / f"{quote(name, safe='')}.{each.name}.f32", shape)
+            losses, _, _ = measure(each, "", states, multiples if layers else ())
             found["positions"] = by_position(losses, each.windows, settings)
-        else:
-            found["contexts"].append(
-                {
-                    "windows": settings.windows,
-                    "context": each.context,
-                    "stride": each.stride,
-                    **summary(losses, text, each.windows),
-                    "seconds": round(seconds, 2),
-                    "tokens_per_second": round(tokens / seconds) if tokens else None,
-                }
-            )
+            found["spectra"] = spectra(model.model)
+            if states is not None:
+                found["state_rms"] = summary_of_states(states, layers, multiples)
+            continue
+        losses, seconds, tokens = measure(each)
+        found["contexts"].append(
+            {
+                "windows": settings.windows,
+                "context": each.context,
+                "stride": each.stride,
+                **summary(losses, text, each.windows),
+                **({} if again is None else {"recall": split_losses(losses, again)}),
+                "seconds": round(seconds, 2),
+                "tokens_per_second": round(tokens / seconds) if tokens else None,
+            }
+        )
+    if again is not None:
+        first = planned[0]
+        display.say(f"{name}: copying")
+        found["recall"] = {
+            "ngram": settings.recall_ngram,
+            "copying": _copying(model, text, first.windows, settings),
+            "attention_off": None,
+        }
+        if is_hybrid(model.model):
+            with attention_off(model.model):
+                losses, _, _ = measure(first, "-attention-off")
+            of_all = summary(losses, text, first.windows)
+            found["recall"]["attention_off"] = {
+                **{key: of_all[key] for key in ("loss", "perplexity", "bits_per_byte")},
+                **split_losses(losses, again),
+            }
     return found
+
+
+def _copying(model: LanguageModel, text: Text, windows: Windows, settings: PerplexitySettings) -> Results:
+    """`copying` with sequences as long as the longest window, by eighths of a half."""
+    length = max(1, (int((windows.stop - windows.start).max()) - 1) // 2)
+    ids = text_ids(text)
+    found = copying(model, ids, length, batch=settings.batch, segment=settings.segment)
+    width = max(1, length // POSITION_BUCKETS)
+    parts = [slice(start, min(start + width, length)) for start in range(0, length, width)]
+    return {
+        "length": length,
+        "sequences": len(found.losses),
+        "ids": len(ids),
+        "loss": found.loss,
+        "accuracy": found.accuracy,
+        "buckets": [
+            {
+                "start": part.start,
+                "stop": part.stop,
+                "loss": float(found.losses[:, part].mean()),
+                "accuracy": float(found.right[:, part].mean()),
+            }
+            for part in parts
+        ],
+    }
 
 
 def load_text(
@@ -299,27 +372,33 @@ def score(
     settings: PerplexitySettings,
     title: str,
     display: Display,
+    states: Kept | None = None,
+    positions: Sequence[int] = (),
 ) -> tuple[NDArray[np.float32], float, int]:
     """The loss of every token that the windows predict, in the file ``path``; tokens already there are not repeated.
+
+    Args:
+        states, positions: as of `fill_in`, which fills the former.
 
     Returns:
         The losses, the seconds it took and the tokens that were scored in them.
     """
     losses = _kept(path, (len(text.tokens),))
     began, scored = time.monotonic(), 0
-    for count, done in fill_in(
-        model, text, windows, losses, batch=settings.batch, segment=settings.segment, title=title
-    ):
+    options = {"batch": settings.batch, "segment": settings.segment}
+    for count, done in fill_in(model, text, windows, losses, states, positions, title=title, **options):
         scored += count
         seconds = time.monotonic() - began
         display.update(
             f"{title}: {done / windows.num_scored:.0%} of {windows.num_scored:,} tokens, {scored / seconds:,.0f}/s"
         )
-    losses.flush()
+    for numbers in (losses, states):
+        if numbers is not None:
+            numbers.flush()
     return losses, time.monotonic() - began, scored
 
 
-def _kept(path: Path, shape: tuple[int, ...]) -> "np.memmap[Any, np.dtype[np.float32]]":
+def _kept(path: Path, shape: tuple[int, ...]) -> Kept:
     """The numbers in the file, `PENDING` where there is none yet."""
     if not path.exists() or path.stat().st_size != 4 * math.prod(shape):
         write_whole_file(path, np.full(shape, PENDING, "<f4").tobytes())

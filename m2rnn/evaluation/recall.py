@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from m2rnn.evaluation.language_model import TOKENS_PER_BATCH, LanguageModel, read
+from m2rnn.evaluation.spectra import recurrent_layers
 from m2rnn.evaluation.text import Text
 from m2rnn.layers import Attention
 from m2rnn.models.loss import chunked_token_losses
@@ -180,6 +181,12 @@ def copying(
                 losses[where] = loss.view_as(labels).double().cpu()
                 right[where] = (torch.cat(guesses).view_as(labels) == labels).cpu()
     return Copying(losses.numpy(), right.numpy())
+
+
+def is_hybrid(model: nn.Module) -> bool:
+    """Whether it is of this library and has both attention and recurrent layers."""
+    has_attention = any(isinstance(module, Attention) for module in model.modules())
+    return has_attention and bool(recurrent_layers(model))
 
 
 @contextmanager

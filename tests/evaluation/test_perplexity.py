@@ -29,6 +29,8 @@ from m2rnn.evaluation import perplexity
 from m2rnn.evaluation.language_model import load_model, short_names, token_losses
 from m2rnn.evaluation.perplexity import PerplexitySettings, evaluate_perplexity
 from m2rnn.evaluation.perplexity_report import table
+from m2rnn.evaluation.recall import copying
+from m2rnn.evaluation.spectra import rms_of_states, spectra
 from m2rnn.evaluation.text import bytes_of_tokens, choose_split, from_files, from_token_folder
 from m2rnn.models.cache import CACHE_NAME
 from tests.data.text import prepared
@@ -304,6 +306,129 @@ def test_the_loss_by_position_averages_windows_of_one_length(tmp_path, model):
     assert imread(tmp_path / "out" / "loss-by-position.png").size
 
 
+def test_states_and_spectra_are_measured_beside_the_loss_by_position(tmp_path, model):
+    data = write_texts(tmp_path / "long.jsonl", [LONG, "short", LONG[::-1]])
+    settings = {"contexts": (16,), "train_length": 8, "beyond": 4}
+    foreign = save(tmp_path / "foreign", others()["gpt2"]())
+    results = evaluate([model, foreign], data, tmp_path / "out", **settings)
+    found, skipped = results["models"].values()
+    assert (skipped["spectra"], skipped["state_rms"]) == ([], [])
+    loaded = load_model(model, "cpu")
+    windows = planned(model, data, settings)[1].windows
+    text = perplexity.load_text(model, 300, str(data), PerplexitySettings(**settings))
+    expected = perplexity.state_rms(loaded, text, windows, (8, 16, 24, 32), segment=None).mean(0).T
+    assert [row["layer"] for row in found["state_rms"]] == [0, 2]
+    assert [row["mixer"] for row in found["state_rms"]] == ["m2rnn", "gru"]
+    np.testing.assert_allclose([row["rms"] for row in found["state_rms"]], expected, rtol=1e-6)
+    assert found["spectra"] == spectra(loaded.model)
+    name = f"{model.name}.positions-32.f32"
+    assert (tmp_path / "out" / "states" / name).stat().st_size == 4 * len(windows) * 4 * 2
+    lines = table(results).splitlines()
+    cells = next(line for line in lines if line.startswith(f"{model.name} ") and " gru " in line).split()
+    assert cells[-4:] == [f"{size:.3g}" for size in found["state_rms"][1]["rms"]]
+    assert imread(tmp_path / "out" / "states-by-position.png").size
+
+
+@pytest.mark.parametrize("segment", [3, 8, 30, None])
+def test_measuring_states_changes_no_loss(tmp_path, model, monkeypatch, segment):
+    data = write_texts(tmp_path / "long.jsonl", [LONG, "short", LONG[::-1]])
+    settings = {"contexts": (16,), "train_length": 8, "beyond": 4, "segment": segment, "dtype": "float64"}
+    measured = only(evaluate(model, data, tmp_path / "out", **settings))
+    monkeypatch.setattr(perplexity, "recurrent_layers", lambda model: {})
+    plain = only(evaluate(model, data, tmp_path / "plain", **settings))
+    assert measured["state_rms"]
+    assert not plain["state_rms"]
+    for name, losses in losses_in(tmp_path / "plain").items():
+        np.testing.assert_allclose(losses_in(tmp_path / "out")[name], losses, rtol=1e-6)
+
+
+@pytest.mark.parametrize("lost", ["losses", "states"])
+def test_states_of_an_interrupted_run_are_those_of_one_in_one_go(tmp_path, model, monkeypatch, lost):
+    data = write_texts(tmp_path / "long.jsonl", [LONG * 2, LONG[::-1] * 2])
+    settings = {"contexts": (16,), "train_length": 8, "beyond": 4, "batch": 2, "recall": True}
+    whole = only(evaluate(model, data, tmp_path / "whole", **settings))
+
+    calls = 0
+
+    def stop(cache, layers):
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+        return rms_of_states(cache, layers)
+
+    monkeypatch.setattr(perplexity, "rms_of_states", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, data, tmp_path / "out", **settings)
+    monkeypatch.undo()
+    (file,) = (tmp_path / "out" / lost).glob("*positions*")
+    numbers = np.fromfile(file, "<f4")
+    assert (numbers == perplexity.PENDING).any()
+    assert (numbers != perplexity.PENDING).any()
+    file.unlink()
+    resumed = only(evaluate(model, data, tmp_path / "out", **settings))
+    for key in ("state_rms", "spectra", "positions", "recall"):
+        assert resumed[key] == whole[key]
+
+
+def test_recall_splits_the_losses_of_every_context(tmp_path, model, data):
+    results = evaluate(model, data, tmp_path / "out", contexts=(8, None), recall=True, recall_ngram=2)
+    found = only(results)
+    tokens, again = byte_documents(), []
+    for document in tokens:
+        grams = [tuple(document[max(0, n - 2) : n + 1]) for n in range(len(document))]
+        again += [n >= 2 and gram in grams[2:n] for n, gram in enumerate(grams)]
+    again = np.array(again)
+    for row, name in zip(found["contexts"], ("sliding-8-4", f"sliding-full-{max(map(len, tokens))}"), strict=True):
+        losses = losses_in(tmp_path / "out")[name]
+        for kind, members in (("repeated", again), ("others", ~again & (losses >= 0))):
+            of_kind = losses[members].astype(np.float64)
+            assert row["recall"][kind]["tokens"] == members.sum() > 0
+            assert row["recall"][kind]["loss"] == pytest.approx(of_kind.mean(), rel=1e-12)
+            assert row["recall"][kind]["perplexity"] == pytest.approx(math.exp(of_kind.mean()), rel=1e-12)
+    assert found["recall"]["ngram"] == 2
+    lines = table(results).splitlines()
+    (row,) = [line.split() for line in lines if line.split()[:2] == [model.name, "attention"]]
+    assert row[-2] == f"{found['recall']['attention_off']['others']['loss']:.4f}"
+    assert any(f"{found['recall']['copying']['loss']:.4f}" in line for line in lines)
+
+
+def test_copying_has_the_length_of_the_first_context_and_the_ids_of_the_text(tmp_path, model, data):
+    found = only(evaluate(model, data, tmp_path / "out", contexts=(17, None), recall=True))["recall"]["copying"]
+    expected = copying(load_model(model, "cpu"), np.arange(0xFD), 8)  # all bytes but the three that are marks
+    assert (found["length"], found["sequences"], found["ids"]) == (8, 64, 0xFD)
+    assert found["loss"] == pytest.approx(expected.loss, rel=1e-6)
+    assert found["accuracy"] == expected.accuracy
+    assert [part["start"] for part in found["buckets"]] == list(range(8))
+    assert np.mean([part["loss"] for part in found["buckets"]]) == pytest.approx(found["loss"])
+    short = only(evaluate(model, data, tmp_path / "short", contexts=(1024,), recall=True))["recall"]["copying"]
+    assert short["length"] == (max(map(len, byte_documents())) - 1) // 2
+
+
+def test_attention_off_is_the_loss_of_a_model_whose_attention_projects_to_zero(tmp_path, data):
+    made = make("hybrid", vocab_size=300)
+    folder = save(tmp_path / "hybrid", made)
+    torch.nn.init.zeros_(made.model.layers[1].mixer.out_proj.weight)
+    off = save(tmp_path / "off", made)
+    settings = {"contexts": (8, 16), "stride": 3, "recall": True}
+    found = only(evaluate(folder, data, tmp_path / "out", **settings))
+    expected = only(evaluate(off, data, tmp_path / "out-off", **settings))["contexts"][0]
+    for key in ("loss", "perplexity", "bits_per_byte"):
+        assert found["recall"]["attention_off"][key] == pytest.approx(expected[key], rel=1e-6)
+    for kind in ("repeated", "others"):
+        of_kind = found["recall"]["attention_off"][kind]
+        assert of_kind == pytest.approx(expected["recall"][kind], rel=1e-6)
+    assert found["contexts"][0]["loss"] != pytest.approx(expected["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["m2rnn", "rope", "gpt2"])
+def test_attention_off_is_for_hybrids(tmp_path, data, name):
+    folder = save(tmp_path / name, others()[name]() if name in others() else name)
+    results = evaluate(folder, data, tmp_path / "out", contexts=(8,), recall=True)
+    assert only(results)["recall"]["attention_off"] is None
+    assert table(results).splitlines()[-1].split()[-2:] == ["-", "-"]
+
+
 def test_a_stride_is_for_windows_and_not_for_whole_documents(tmp_path, model, data):
     found = only(evaluate(model, data, tmp_path / "out", contexts=(1024, None), stride=512))["contexts"]
     assert [row["context"] for row in found] == [1024, None]
@@ -407,6 +532,15 @@ def test_validation_comes_before_test_and_training_text(tmp_path):
         assert choose_split(tmp_path, "train") == "train"
 
 
+def test_the_command_measures_recall(tmp_path, model, data):
+    done = run(
+        model, "--data", data, "--out", tmp_path / "out", "--context", "8", "--recall", "--recall-ngram", "2",
+        "--device", "cpu", "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert only(json.loads(done.stdout))["recall"]["ngram"] == 2
+
+
 def run(*arguments):
     return CliRunner().invoke(cli.app, ["eval", *map(str, arguments)])
 
@@ -444,6 +578,12 @@ MISTAKES = {
     "too long": (["{model}", "--data", "{data}", "--train-length", "1000"], "no document has the 8,001 tokens"),
     "twice": (["{model}", "{model}", "--data", "{data}"], "the same model twice"),
     "split of a file": (["{model}", "--data", "{data}", "--split", "train"], "split 'train'"),
+    "ngram": (
+        ["{model}", "--data", "{data}", "--recall", "--recall-ngram", "0"],
+        "recall_ngram 0: expected at least 1",
+    ),
+    "ngram alone": (["{model}", "--data", "{data}", "--recall-ngram", "2"], "recall_ngram 2: expected with --recall"),
+    "recall of tasks": (["{model}", "--tasks", "a", "--recall"], "recall True: expected with --data alone"),
     "option of tasks": (["{model}", "--data", "{data}", "--limit", "3"], "limit 3: expected with --tasks alone"),
     "no tokenizer": (["{bare}", "--data", "{data}"], "has no tokenizer"),
     "vocabulary": (["{small}", "--data", "{data}"], "a vocabulary of 23 ids"),
