@@ -79,11 +79,11 @@ def _largest(row: Results, kind: str) -> str:
 
 
 def _some(count: int) -> list[int]:
-    """All of 0 to ``count - 1`` if they fit, else those of 1, 2, 4, … and the last."""
+    """Indices of the multiples 1 to ``count`` to show: all if they fit, else the first, the last and powers of two."""
     if count <= MOST_COLUMNS:
         return list(range(count))
     powers = [2**n - 1 for n in range(count.bit_length()) if 2**n <= count]
-    return sorted({*powers[-MOST_COLUMNS:], count - 1})
+    return sorted({0, *powers[2 - MOST_COLUMNS :], count - 1})
 
 
 def _recall(models: Results, width: int) -> list[str]:

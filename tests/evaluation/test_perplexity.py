@@ -25,7 +25,7 @@ from m2rnn.data.batches import PackedBatches
 from m2rnn.data.run_folder import RunFolderError
 from m2rnn.data.sources import DataError, Reading
 from m2rnn.data.token_files import FORMAT, TokenDataset
-from m2rnn.evaluation import perplexity
+from m2rnn.evaluation import perplexity, perplexity_report
 from m2rnn.evaluation.language_model import load_model, short_names, token_losses
 from m2rnn.evaluation.perplexity import PerplexitySettings, evaluate_perplexity
 from m2rnn.evaluation.perplexity_report import table
@@ -481,6 +481,26 @@ def test_several_models_share_a_table_and_plots(tmp_path, data):
         assert any(f"{model['positions']['multiples'][2]['loss']:.4f}" in line for line in lines)
     for plot in ("perplexity-by-context.png", "loss-by-position.png"):
         assert imread(tmp_path / "out" / plot).size
+
+
+def test_names_of_lines_are_apart_and_in_order():
+    assert perplexity_report._apart([0.5, 0.1, 0.51], 0.1) == pytest.approx([0.5, 0.1, 0.6])
+    assert perplexity_report._apart([1.0, 1.0, 0.99], 0.1) == pytest.approx([0.9, 1.0, 0.8])
+    assert sorted(perplexity_report._apart([0.5] * 40, 0.1)) == pytest.approx([n / 39 for n in range(40)])
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (1, [0]),
+        (8, [*range(8)]),
+        (9, [0, 1, 3, 7, 8]),
+        (16, [0, 1, 3, 7, 15]),
+        (1024, [0, 31, 63, 127, 255, 511, 1023]),
+    ],
+)
+def test_a_table_of_many_multiples_has_the_first_the_last_and_powers_of_two(count, shown):
+    assert perplexity_report._some(count) == shown
 
 
 def test_a_name_is_the_end_of_the_path_that_tells_models_apart(tmp_path):
