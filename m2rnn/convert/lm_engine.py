@@ -303,6 +303,13 @@ def attention_of(config: M2RNNConfig) -> Attention:
 
 
 def _attention_to_theirs(config: M2RNNConfig) -> dict[str, Any]:
+    options = _defaults(Attention) | config.mixer_options.get("attention", {})
+    for name, known, why in (
+        ("qk_norm", False, "its attention has no norm of queries and keys"),
+        ("window", None, "only attention to all earlier tokens can be converted"),
+    ):
+        if options[name] != known:
+            raise ConversionError(f"attention with {name} = {options[name]!r} has no counterpart in lm-engine: {why}")
     attention = attention_of(config)
     return {
         "sequence_mixer_type": "softmax_attention",

@@ -1,6 +1,7 @@
-"""Causal softmax attention, with or without rotary positions."""
+"""Causal softmax attention, over all earlier tokens or a window of them, with or without rotary positions."""
 
 import inspect
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -82,6 +83,25 @@ class StaticAttentionState(NamedTuple):
         return AttentionState(self.keys[:, :used], self.values[:, :used], None if bool(valid.all()) else valid)
 
 
+@dataclass(frozen=True)
+class RotaryTables:
+    """Cosines and sines of rotary positions, see ``rotary_tables``.
+
+    Attributes:
+        cos: ``[B, T, 1, head_dim / 2]``, B may be 1 for any batch; float32 or float64.
+        sin: likewise.
+
+    No tuple, since FSDP casts tensors that it finds in tuples to the dtype of the weights.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def to(self, device: torch.device | str | int) -> "RotaryTables":
+        """The same on another device: accelerate calls this for the layers of a model that lies on several."""
+        return RotaryTables(self.cos.to(device), self.sin.to(device))
+
+
 class Attention(nn.Module):
     """``softmax(q kᵀ / √head_dim) v`` over each token and those before it, then a projection; no biases.
 
@@ -91,9 +111,14 @@ class Attention(nn.Module):
         num_kv_heads: key and value heads, each shared by consecutive query heads; default ``num_heads``.
         head_dim: default ``hidden_size // num_heads``.
         rope_theta: base of the rotary positions, on the two halves of each head; None for no positions.
+        qk_norm: RMSNorm over each head of q and of k, before the positions, as in Qwen3; the heads of q share one
+            weight ``[head_dim]``, and those of k another.
+        norm_eps: its epsilon.
+        window: a token sees itself and the ``window - 1`` tokens before it in its sequence, as in Mistral 7B; None for
+            all. A state keeps every key and value all the same.
 
     Raises:
-        ValueError: for head counts or dimensions that do not fit together.
+        ValueError: for head counts or dimensions that do not fit together, or a size or window below 1.
     """
 
     def __init__(
@@ -104,9 +129,14 @@ class Attention(nn.Module):
         head_dim: int | None = None,
         *,
         rope_theta: float | None = None,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-5,
+        window: int | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+        check_sizes(
+            hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, window=window
+        )
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads ({num_kv_heads}) must divide num_heads ({num_heads})")
@@ -117,8 +147,10 @@ class Attention(nn.Module):
         if rope_theta is not None and (rope_theta <= 0 or head_dim % 2):
             raise ValueError(f"rope_theta ({rope_theta}) must be positive and head_dim ({head_dim}) even")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.rope_theta = rope_theta
+        self.rope_theta, self.window = rope_theta, window
         self.in_proj = nn.Linear(hidden_size, (num_heads + 2 * num_kv_heads) * head_dim, bias=False)
+        self.q_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
+        self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
         self.out_proj = OutputProjection(num_heads * head_dim, hidden_size)
 
     def forward(
@@ -128,46 +160,62 @@ class Attention(nn.Module):
         packing: Packing | None = None,
         *,
         position_ids: Tensor | None = None,
+        rotary: RotaryTables | None = None,
         output_state: bool = True,
     ) -> tuple[Tensor, AttentionState | StaticAttentionState | None]:
         """Mix along time; arguments and results as in ``M2RNN.forward``.
 
         A ``StaticAttentionState`` takes a single token, in place. ``position_ids`` (``[B, T]`` or ``[1, T]``, packed
         like ``hidden``) only matter with ``rope_theta``; by default they count the tokens of each sequence from 0.
+        ``rotary`` is what ``rotary_tables`` makes of them, for a caller that has it already.
         """
         check_tokens(hidden, state, packing)
         heads = self.in_proj(hidden)
         heads = heads.view(*hidden.shape[:2], self.num_heads + 2 * self.num_kv_heads, self.head_dim)
-        if packing is not None and state is None and not output_state and self._runs_packed(heads):
-            packing = packing.aligned
-            if not packing.full:
-                return self.out_proj(self._attend_packed(heads, packing, position_ids)), None
-        if packing is not None:  # right-padded rows: no token comes after the padding, so causality hides it
-            packing = packing.aligned
-            heads = packing.pad(heads)
-            if position_ids is not None:
-                position_ids = packing.pad(position_ids)
-        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 2)
+        qk, v = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk.split((self.num_heads, self.num_kv_heads), 2)
+            qk = torch.cat([_normed(q, self.q_norm), _normed(k, self.k_norm)], 2)
         if self.rope_theta is not None:
-            if position_ids is None:
-                steps = torch.arange(q.shape[1], device=q.device)[None]
-                position_ids = steps if state is None else steps + state.lengths()
-            q, k = rotate(q, position_ids, self.rope_theta), rotate(k, position_ids, self.rope_theta)
+            if rotary is None:
+                if position_ids is None:
+                    position_ids = positions_of(hidden, state, packing)
+                rotary = rotary_tables(position_ids, self.head_dim, self.rope_theta, hidden.dtype)
+            qk = rotate(qk, rotary)
+
+        if packing is not None:
+            packing = packing.aligned
+            if state is None and not output_state and not packing.full and self._runs_packed(heads):
+                q, k = qk[0].split((self.num_heads, self.num_kv_heads), 1)
+                y = self._attend_packed(q, k, v[0], packing.cu_seqlens, packing.width)
+                return self.out_proj(y[None]), None
+            # Right-padded rows: no token comes after the padding, so causality hides it
+            qk, v = packing.pad(qk), packing.pad(v)
+        q, k = qk.split((self.num_heads, self.num_kv_heads), 2)
 
         if isinstance(state, StaticAttentionState):
             assert packing is None
             assert hidden.shape[1] == 1
             state.append(k, v)
-            y = self._attend(q, state.keys, state.values, attn_mask=state.valid[:, None, None])
+            visible = state.valid
+            if self.window is not None:
+                counted = visible.cumsum(1)
+                visible = visible & (counted > counted[:, -1:] - self.window)
+            y = self._attend(q, state.keys, state.values, attn_mask=visible[:, None, None])
             return self.out_proj(y), state if output_state else None
 
-        past = 0 if state is None else state.keys.shape[1]
-        keys, values = k, v
-        if state is not None:
-            keys = torch.cat([state.keys.to(k.dtype), k], 1)
-            values = torch.cat([state.values.to(v.dtype), v], 1)
-        mask = None if state is None else self._mask(state, q.shape[1])
-        y = self._attend(q, keys, values, attn_mask=mask, is_causal=past == 0)
+        steps = q.shape[1]
+        if state is None and self.window is not None and steps > self.window and self._runs_packed(q):
+            offsets = torch.arange(q.shape[0] + 1, dtype=torch.int32, device=q.device) * steps
+            y = self._attend_packed(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), offsets, steps)
+            keys, values, y = k, v, y.unflatten(0, (-1, steps))
+        else:
+            keys, values = k, v
+            if state is not None:
+                keys = torch.cat([state.keys.to(k.dtype), k], 1)
+                values = torch.cat([state.values.to(v.dtype), v], 1)
+            mask, past = self._mask(state, q), 0 if state is None else state.keys.shape[1]
+            y = self._attend(q, keys, values, attn_mask=mask, is_causal=mask is None and bool(past == 0))
         if packing is not None:
             y = packing.pack(y)
         final_state = AttentionState(keys, values, _valid(state, packing, k)) if output_state else None
@@ -175,23 +223,17 @@ class Attention(nn.Module):
 
     def _runs_packed(self, heads: Tensor) -> bool:
         flash = heads.dtype in (torch.bfloat16, torch.float16) and self.head_dim % 8 == 0 and self.head_dim <= 256
-        return flash and heads.shape[1] > 0 and runs_packed(heads.device, self.num_heads != self.num_kv_heads)
+        return flash and heads.numel() > 0 and runs_packed(heads.device, self.num_heads != self.num_kv_heads)
 
-    def _attend_packed(self, heads: Tensor, packing: Packing, position_ids: Tensor | None) -> Tensor:
-        """[1, total, heads and kv heads, head_dim] to [1, total, heads · head_dim], each sequence on its own."""
+    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> Tensor:
+        """[total, heads or kv heads, head_dim] each to [total, heads · head_dim], each sequence on its own."""
         from torch.nn.attention import varlen
 
-        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 2)
-        if self.rope_theta is not None:
-            if position_ids is None:
-                position_ids = (torch.arange(q.shape[1], device=q.device) - packing.starts)[None]
-            q, k = rotate(q, position_ids, self.rope_theta), rotate(k, position_ids, self.rope_theta)
-        offsets, longest = packing.cu_seqlens, packing.width
-        options: dict[str, Any] = {"window_size": (-1, 0)}  # causal
+        options: dict[str, Any] = {"window_size": (-1 if self.window is None else self.window - 1, 0)}  # causal
         if self.num_heads != self.num_kv_heads:
             options["enable_gqa"] = True
-        y = cast(Tensor, varlen.varlen_attn(q[0], k[0], v[0], offsets, offsets, longest, longest, **options))
-        return y.flatten(1)[None]
+        y = cast(Tensor, varlen.varlen_attn(q, k, v, offsets, offsets, longest, longest, **options))
+        return y.flatten(1)
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
         """[B, T, heads, head_dim] and [B, S, kv heads, head_dim] to [B, T, heads · head_dim]."""
@@ -200,17 +242,29 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, keys, values, enable_gqa=shared, **options)
         return y.transpose(1, 2).flatten(2)
 
-    @staticmethod
-    def _mask(state: AttentionState, steps: int) -> Tensor | None:
-        """Which of past and new slots each new slot sees: valid past ones, and new ones up to itself."""
-        past = state.keys.shape[1]
-        if past == 0 or (steps == 1 and state.valid is None):
+    def _mask(self, state: AttentionState | None, q: Tensor) -> Tensor | None:
+        """Which of past and new slots each new slot sees: valid past ones, and new ones up to itself, in its window.
+
+        None where causality says it all: without a past, or if one token sees all of it.
+        """
+        steps = q.shape[1]
+        past = 0 if state is None else state.keys.shape[1]
+        valid = None if state is None or past == 0 else state.valid
+        window = self.window
+        if valid is None and window is not None and past + steps <= window:
+            window = None
+        if valid is None and window is None and (past == 0 or steps == 1):
             return None
-        mask = torch.ones(steps, past + steps, dtype=torch.bool, device=state.keys.device).tril(past)
-        if state.valid is None:
-            return mask
+        mask = torch.ones(steps, past + steps, dtype=torch.bool, device=q.device).tril(past)
+        if valid is None:
+            return mask if window is None else mask.triu(past - window + 1)
         # Every slot sees at least itself, padding too: a row without any visible key would give NaN.
-        return mask & F.pad(state.valid, (0, steps), value=True)[:, None, None]
+        valid = F.pad(valid, (0, steps), value=True)
+        mask = mask & valid[:, None, None]
+        if window is not None:  # it is of tokens, which holes are not
+            counted = valid.cumsum(1)[:, None, None]
+            mask = mask & (counted > counted[..., past:].transpose(2, 3) - window)
+        return mask
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -242,12 +296,46 @@ def _valid(state: AttentionState | None, packing: Packing | None, new: Tensor) -
     return torch.cat([past, valid], 1)
 
 
-def rotate(x: Tensor, position_ids: Tensor, theta: float) -> Tensor:
-    """Rotary positions: channels (i, i + D/2) of ``x`` [B, T, H, D] turn by ``position / theta^(2i/D)``."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    half = x.shape[-1] // 2
-    frequency = theta ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
+def _normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    y: Tensor = norm(x.to(norm.weight.dtype))  # autocast leaves it to us
+    return y.to(x.dtype)
+
+
+def positions_of(
+    hidden: Tensor, state: AttentionState | StaticAttentionState | None, packing: Packing | None
+) -> Tensor:
+    """The place of each token of ``hidden`` in its sequence, after those of ``state``: int64 ``[B or 1, T]``."""
+    past = 0 if state is None else state.lengths()
+    device = past.device if isinstance(past, Tensor) else hidden.device
+    steps = torch.arange(hidden.shape[1], device=device)[None]
+    if packing is None:
+        return steps + past
+    if isinstance(past, Tensor):
+        past = past[packing.sequence_ids.to(device), 0]
+    return steps - packing.starts.to(device) + past
+
+
+def rotary_tables(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> RotaryTables:
+    """The cosines and sines with which ``rotate`` turns heads at these positions.
+
+    They stay in float32 (float64 for a ``dtype`` of float64): in 16 bits the turn between two tokens would depend on
+    where they are, and not on their distance alone.
+
+    Args:
+        position_ids: ``[B, T]``, B may be 1 for any batch.
+        head_dim: of the heads, even.
+        theta: channel i of a half turns by ``position / theta^(2 i / head_dim)``.
+        dtype: of the heads.
+    """
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    half = head_dim // 2
+    frequency = theta ** (-torch.arange(half, device=position_ids.device, dtype=dtype) / half)
     angle = (position_ids.to(dtype)[..., None] * frequency)[:, :, None]
-    cos, sin = angle.cos(), angle.sin()
-    a, b = x.to(dtype).chunk(2, -1)
+    return RotaryTables(angle.cos(), angle.sin())
+
+
+def rotate(x: Tensor, tables: RotaryTables) -> Tensor:
+    """Rotary positions: channels (i, i + D/2) of ``x`` [B, T, H, D] turn by the tables' angles, rounded once."""
+    cos, sin = tables.cos, tables.sin
+    a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)

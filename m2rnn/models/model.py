@@ -30,7 +30,8 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from m2rnn.layers import OutputProjection, Packing
+from m2rnn.layers import Attention, OutputProjection, Packing
+from m2rnn.layers.attention import RotaryTables, positions_of, rotary_tables
 from m2rnn.layers.moe import Experts, MoE
 from m2rnn.models.cache import CACHE_NAME, M2RNNCache
 from m2rnn.models.capture import CapturedDecoding
@@ -62,11 +63,13 @@ class M2RNNBlock(GradientCheckpointingLayer):
         position_ids: Tensor | None = None,
         output_state: bool = True,
         output_routing: bool = False,
+        rotary: RotaryTables | None = None,
     ) -> tuple[Tensor, Any, Tensor | None, Tensor | None]:
         """The output, the mixer's state and, if there are experts and it is wanted, the routers' loss and logits."""
-        mixed, state = self.mixer(
-            self.mixer_norm(hidden), state, packing, position_ids=position_ids, output_state=output_state
-        )
+        options: dict[str, Any] = {"position_ids": position_ids, "output_state": output_state}
+        if rotary is not None:  # of an attention layer
+            options["rotary"] = rotary
+        mixed, state = self.mixer(self.mixer_norm(hidden), state, packing, **options)
         hidden = hidden + mixed
         routing = None
         if isinstance(self.mlp, MoE):
@@ -222,16 +225,28 @@ class M2RNNModel(M2RNNPreTrainedModel):
         if cache is not None and one_token:
             cache.check_room()
         hidden_states, aux_losses, router_logits = [], [], []
+        places = position_ids
+        tables: dict[tuple[float, int], RotaryTables] = {}  # made once for all attention layers
         for layer, block in enumerate(self.layers):
             if output_hidden_states:
                 hidden_states.append(unpacked(hidden))
+            state = None if cache is None else cache.layers[layer].read(one_token)
+            mixer, rotary = block.mixer, None
+            if isinstance(mixer, Attention) and mixer.rope_theta is not None:
+                kind = mixer.rope_theta, mixer.head_dim
+                if places is None:
+                    places = positions_of(hidden, state, packing)
+                if kind not in tables:
+                    tables[kind] = rotary_tables(places, mixer.head_dim, mixer.rope_theta, hidden.dtype)
+                rotary = tables[kind]
             hidden, state, aux_loss, logits = block(
                 hidden,
-                state=None if cache is None else cache.layers[layer].read(one_token),
+                state=state,
                 packing=packing,
                 position_ids=position_ids,
                 output_state=use_cache,
                 output_routing=self.training or output_router_logits,
+                rotary=rotary,
             )
             if aux_loss is not None:
                 aux_losses.append(aux_loss)

@@ -34,7 +34,8 @@ class ModelSize:
             those of mixing. A multiplication and an addition count as two. Recomputation does not count, nor does tanh.
             Mixing is, for a token and layer with S state numbers,
 
-            - attention: 2 (context + 1) · heads · head_dim, the average over causal positions;
+            - attention: 2 (context + 1) · heads · head_dim, the average over causal positions; with a window w shorter
+              than the context, 2 (2 w - w (w - 1) / context) · heads · head_dim, rounded down;
             - m2rnn: S (2V + 7) less 2 for each element of W;
             - gated_deltanet: S (3 + 4n) with n Householder factors, as a recurrence;
             - mamba2: 5 S, as a recurrence;
@@ -135,7 +136,9 @@ def _mixing_flops(mixer: nn.Module, state: int, context: int) -> int:
     """Of one token in the forward pass, beyond 2 for each parameter."""
     match mixer:
         case Attention():
-            return 2 * (context + 1) * mixer.num_heads * mixer.head_dim
+            seen = context if mixer.window is None else min(context, mixer.window)
+            pairs_twice = 2 * context * seen - seen * (seen - 1)  # the first tokens see fewer
+            return 2 * mixer.num_heads * mixer.head_dim * pairs_twice // context
         case M2RNN():
             return state * (2 * mixer.value_dim + 7) - 2 * mixer.state_weight.numel()
         case GatedDeltaNet():

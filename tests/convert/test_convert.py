@@ -313,6 +313,14 @@ def test_own_models_without_counterpart_are_named(tmp_path: Path) -> None:
                 make(mixers=["m2rnn"], mlps=["swiglu"], mixer_options={"m2rnn": {"norm_before_gate": True}}),
                 "norm_before_gate = True has no counterpart in lm-engine: its layer gates before it norms",
             ),
+            (
+                make(mixers=["attention"], mlps=["swiglu"], mixer_options={"attention": {"qk_norm": True}}),
+                "attention with qk_norm = True has no counterpart in lm-engine: its attention has no norm",
+            ),
+            (
+                make(mixers=["attention"], mlps=["swiglu"], mixer_options={"attention": {"window": 4}}),
+                "attention with window = 4 has no counterpart in lm-engine: only attention to all earlier tokens",
+            ),
         ]
     ):
         model.save_pretrained(tmp_path / f"{number}")

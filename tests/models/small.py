@@ -26,15 +26,16 @@ CONFIGS = {
     "linear": {"mixers": ["gated_deltanet", "mamba2"]},
     "moe": {"mixers": ["m2rnn", "attention"], "mlps": ["moe", "moe"]},
     "rope": {"mixers": ["attention", "attention"], "rope": 100.0},
+    "window": {"mixers": ["attention", "m2rnn", "attention"], "rope": 100.0, "local": {"window": 3, "qk_norm": True}},
 }
 
 
 def config(name: str = "hybrid", **overrides: Any) -> M2RNNConfig:
     fields = dict(CONFIGS[name])
-    rope = fields.pop("rope", None)
+    rope, local = fields.pop("rope", None), fields.pop("local", {})
     options = {mixer: dict(OPTIONS[mixer]) for mixer in overrides.get("mixers", fields["mixers"])}
     if "attention" in options:
-        options["attention"]["rope_theta"] = rope
+        options["attention"] |= {"rope_theta": rope} | local
     defaults = {
         "vocab_size": VOCAB,
         "hidden_size": 16,

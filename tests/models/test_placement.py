@@ -32,7 +32,7 @@ def test_layers_offloaded_to_the_disk_compute_the_same(name: str, tmp_path: Path
         assert_close(torch.stack(found.logits), torch.stack(expected.logits), torch.float32, "output")
 
 
-@pytest.mark.parametrize("name", ["m2rnn", "hybrid", "rnn", "rope"])
+@pytest.mark.parametrize("name", ["m2rnn", "hybrid", "rnn", "rope", "window"])
 def test_what_goes_with_the_tokens_follows_them_to_another_device(name: str) -> None:
     """The meta device stands for a second GPU: it computes nothing, but no operation mixes it with the CPU."""
     model, ids = make(name), torch.randint(3, VOCAB, (2, 5))

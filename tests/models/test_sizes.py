@@ -64,6 +64,28 @@ def test_work_of_attention_is_that_of_the_matrix_products() -> None:
     assert counter.get_total_flops() == steps * (causal + hidden_positions)
 
 
+@pytest.mark.parametrize(("window", "context"), [(1, 32), (5, 32), (31, 32), (32, 32), (99, 32), (1024, 4096)])
+def test_work_of_a_window_is_that_of_the_tokens_it_sees(window: int, context: int) -> None:
+    def work(**options) -> int:
+        attention = {"num_heads": 4, "head_dim": 8} | options
+        config = presets.get("tiny-transformer", mixer_options={"attention": attention})
+        return size_of(config, context).training_flops
+
+    pairs = sum(min(t, window) for t in range(1, context + 1))
+    all_pairs = context * (context + 1) // 2
+    saved = 3 * 2 * (4 * 4 * 8 * all_pairs // context - 4 * 4 * 8 * pairs // context)  # backward too, in two layers
+    assert work() - work(window=window) == saved
+
+
+def test_norms_of_queries_and_keys_count_as_parameters() -> None:
+    plain, normed = (
+        size_of(presets.get("tiny-transformer", mixer_options={"attention": {"num_heads": 4, "qk_norm": on}}))
+        for on in (False, True)
+    )
+    assert normed.per_layer["attention"] - plain.per_layer["attention"] == 2 * 16
+    assert normed.kv_cache == plain.kv_cache
+
+
 def test_parameters_of_a_layer_are_those_of_its_mixer_and_mlp() -> None:
     config = presets.from_pattern("MAG", "tiny", mlps=["swiglu", "none", "swiglu"])
     layers = M2RNNForCausalLM(config).model.layers
