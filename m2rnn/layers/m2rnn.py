@@ -12,6 +12,7 @@ from m2rnn.layers.packing import Packing, check_tokens
 from m2rnn.layers.projection import OutputProjection, project_parts, project_token, runs_as_written
 from m2rnn.layers.short_conv import ShortConv, check_activation, check_init_std
 from m2rnn.layers.sizes import check_sizes
+from m2rnn.layers.state_weight import bound_, head_bounds
 from m2rnn.ops import m2rnn_scan
 from m2rnn.ops.decode import decode_step
 
@@ -98,6 +99,9 @@ class M2RNN(nn.Module):
         gate: the output gate silu(g).
         norm_before_gate: norm(y) ⊙ silu(g) instead of norm(y ⊙ silu(g)), as in fla and Qwen3-Next; needs both.
         weight_init: W starts as ``"identity"``, or ``"normal"``: N(0, 1/V).
+        state_weight_bound: largest singular value of W, at the start and wherever ``bound_state_weights`` is called, as
+            ``m2rnn train`` does; below 1 makes heads forget. None for no bound, as in the paper.
+        bounded_heads: how many heads of W, the first ones, it holds for; default all. The others can track states.
         A_range, dt_range, dt_floor: initial range of the forget gate, see ``DecayGate``.
         state_clip: bound on each component of the gradient that reaches a state from later tokens, or None.
         backend: of the recurrence, see ``m2rnn.ops.m2rnn_scan``; None chooses.
@@ -133,6 +137,8 @@ class M2RNN(nn.Module):
         gate: bool = True,
         norm_before_gate: bool = False,
         weight_init: str = "identity",
+        state_weight_bound: float | None = None,
+        bounded_heads: int | None = None,
         A_range: tuple[float, float] = (0.0, 16.0),
         dt_range: tuple[float, float] = (1e-3, 0.1),
         dt_floor: float = 1e-4,
@@ -161,10 +167,12 @@ class M2RNN(nn.Module):
         check_activation(activation)
         check_init_std(conv_init=conv_init)
         check_gate_order(norm_before_gate, norm, gate)
+        head_bounds(counts["num_weight_heads"], state_weight_bound, bounded_heads)  # raises for wrong ones
 
         self.num_q_heads, self.num_k_heads, self.num_v_heads = num_q_heads, num_k_heads, counts["num_v_heads"]
         self.key_dim, self.value_dim, self.norm_eps = key_dim, value_dim, norm_eps
         self.activation, self.weight_init, self.norm_before_gate = activation, weight_init, norm_before_gate
+        self.state_weight_bound, self.bounded_heads = state_weight_bound, bounded_heads
         self.state_clip, self.backend = state_clip, backend
         self.qkv_sizes = num_q_heads * key_dim, num_k_heads * key_dim, self.num_v_heads * value_dim
         self.num_g_heads = counts["num_g_heads"] if gate else 0
@@ -183,13 +191,16 @@ class M2RNN(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise W and D; the projections keep torch's default until a model initialises them."""
-        if self.weight_init == "identity":
-            eye = torch.eye(self.value_dim)
-            initialize(self.state_weight, lambda weight: weight.copy_(eye.to(weight.device)))
-        else:
-            initialize(self.state_weight, lambda weight: weight.normal_(0, self.value_dim**-0.5))
+        initialize(self.state_weight, self._fill_state_weight)
         if self.D is not None:
             initialize(self.D, lambda D: D.fill_(1))
+
+    def _fill_state_weight(self, weight: Tensor) -> None:
+        if self.weight_init == "identity":
+            weight.copy_(torch.eye(self.value_dim).to(weight.device))
+        else:
+            weight.normal_(0, self.value_dim**-0.5)
+        bound_(weight, self.state_weight_bound, self.bounded_heads)
 
     def forward(
         self,
