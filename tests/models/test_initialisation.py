@@ -229,11 +229,12 @@ def test_start_of_the_linear_recurrences(construction: str) -> None:
 
 @pytest.mark.parametrize("construction", ["constructor", "meta", "from_pretrained"])
 @pytest.mark.filterwarnings("default")
-def test_convolutions_start_as_asked_in_every_mixer(construction: str, tmp_path: Path) -> None:
+def test_convolutions_start_as_asked_and_norms_of_heads_at_one(construction: str, tmp_path: Path) -> None:
     names = ["m2rnn", "gru", "rnn", "gated_deltanet", "mamba2"]
     sizes = {"gated_deltanet": {"num_heads": 2, "key_dim": 200, "value_dim": 200}}
     options = {name: {"conv_init": 0.07} | sizes.get(name, {"num_heads": 128}) for name in names}
-    fields = {"mixers": names, "mixer_options": options}
+    options["attention"] = {"num_heads": 4, "qk_norm": True, "window": 5}
+    fields = {"mixers": [*names, "attention"], "mixer_options": options}
     if construction == "meta":
         model = on_the_meta_device(**fields)
     else:
@@ -241,11 +242,15 @@ def test_convolutions_start_as_asked_in_every_mixer(construction: str, tmp_path:
     if construction == "from_pretrained":
         model.save_pretrained(tmp_path)
         file = tmp_path / "model.safetensors"
-        kept = {name: value for name, value in load_file(file).items() if "conv.weight" not in name}
+        lacking = ("conv.weight", "q_norm.weight", "k_norm.weight")
+        kept = {name: value for name, value in load_file(file).items() if not name.endswith(lacking)}
         save_file(kept, file, metadata={"format": "pt"})
         model = M2RNNForCausalLM.from_pretrained(tmp_path)
-    for block in model.model.layers:
-        assert block.mixer.conv.weight.std().item() == pytest.approx(0.07, rel=0.05)
+    *recurrent, attention = (block.mixer for block in model.model.layers)
+    for mixer in recurrent:
+        assert mixer.conv.weight.std().item() == pytest.approx(0.07, rel=0.05)
+    assert torch.equal(attention.q_norm.weight, torch.ones(32))
+    assert torch.equal(attention.k_norm.weight, torch.ones(32))
 
 
 def test_config_file_is_plain_json(tmp_path: Path) -> None:
