@@ -32,6 +32,7 @@ from m2rnn.data.run_folder import LOG, MODEL, to_json, write_whole_file
 from m2rnn.data.token_files import TokenDataset
 from m2rnn.evaluation.machine import default_device, hardware, versions
 from m2rnn.models.sizes import size_of
+from m2rnn.ops import fla
 from m2rnn.training.display import Display
 from m2rnn.training.monitor import NonFiniteError
 from m2rnn.training.train import Stopped, train
@@ -102,10 +103,15 @@ def campaign(
     out: Path = arguments.out
     (out / "results").mkdir(parents=True, exist_ok=True)
     done: list[Result] = []
-    seen: set[str] = set()
+    seen: set[str] = set()  # models that are compiled
     tried: set[str] = set()
+    for model, reason in slow_models(plan, arguments.device).items():
+        print(f"{model} is left out: {reason}", file=sys.stderr)
+        tried |= {run.name for run in plan.runs(results) if run.model == model}
     while run := next_run(plan, [*results, *done], tried, deadline - time.monotonic(), seen, arguments):
         tried.add(run.name)
+        if run.model not in seen:
+            torch.compiler.reset()  # there is a limit to how often one function is compiled
         display.say(f"{run.stage}: {run.name}")
         try:
             result = do(run, plan, out / "runs" / run.name, deadline, arguments, display)
@@ -127,6 +133,20 @@ def campaign(
         print(line(result), flush=True)
     write_archive(out, done)
     return done
+
+
+def slow_models(plan: Plan, device: str) -> dict[str, str]:
+    """Models whose own fast kernels cannot train on this GPU, and why: a baseline is not run without them."""
+    found = {}
+    for model in plan.models if device == "cuda" else ():
+        config = plan.config(model)
+        for mixer, delta in (("gated_deltanet", True), ("mamba2", False)):
+            if mixer in config.mixers:
+                width = config.mixer_options[mixer].get("key_dim" if delta else "state_size", 0)
+                reason = fla.why_not(torch.device(device), torch.bfloat16, width, trained=True, delta=delta)
+                if reason is not None:
+                    found[model] = reason
+    return found
 
 
 def next_run(
@@ -204,7 +224,6 @@ def do(run: Run, plan: Plan, folder: Path, deadline: float, arguments: argparse.
         "versions": versions(PACKAGES),
         "failure": None,
     }
-    torch.compiler.reset()  # another model's layers: there is a limit to how often one function is compiled
     try:
         trained = train(settings, folder, minutes=(deadline - time.monotonic()) / 60, display=display)
     except NonFiniteError as error:

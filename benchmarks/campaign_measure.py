@@ -113,8 +113,9 @@ def copies(model: LanguageModel, text: Text, context: int) -> dict[str, float]:
 
 def variants(model: nn.Module, options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Changes of the trained model that need no training, each a context in which it holds."""
-    if any(isinstance(module, M2RNN) for module in model.modules()):
-        for cut in options.get("cuts", ()):
+    largest = max((row["largest_singular_value"] for row in spectra(model)), default=0.0)
+    for cut in options.get("cuts", ()):
+        if cut < largest:
             yield f"cut {cut:g}", cut_weights(model, cut)
     if any(isinstance(module, Attention) for module in model.modules()):
         for window in options.get("windows", ()):
