@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from m2rnn.convert import load_swapped, swap, swapped_parameters
-    from m2rnn.layers import M2RNN
+    from m2rnn.layers import M2RNN, bound_state_weights
     from m2rnn.models import M2RNNConfig, M2RNNForCausalLM, M2RNNModel, presets
     from m2rnn.ops import available_backends, m2rnn_scan, m2rnn_step
 
@@ -17,7 +17,7 @@ __version__ = "0.1.0.dev0"
 
 _MODULES = {
     "m2rnn.ops": ("available_backends", "m2rnn_scan", "m2rnn_step"),
-    "m2rnn.layers": ("M2RNN",),
+    "m2rnn.layers": ("M2RNN", "bound_state_weights"),
     "m2rnn.models": ("M2RNNConfig", "M2RNNForCausalLM", "M2RNNModel", "presets"),
     "m2rnn.convert": ("load_swapped", "swap", "swapped_parameters"),
 }
@@ -29,6 +29,7 @@ __all__ = [
     "M2RNNForCausalLM",
     "M2RNNModel",
     "available_backends",
+    "bound_state_weights",
     "load_swapped",
     "m2rnn_scan",
     "m2rnn_step",

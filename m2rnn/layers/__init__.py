@@ -16,6 +16,7 @@ from m2rnn.layers.packing import Packing
 from m2rnn.layers.projection import OutputProjection
 from m2rnn.layers.rnn import RNN
 from m2rnn.layers.short_conv import ShortConv
+from m2rnn.layers.state_weight import bound_state_weights
 
 __all__ = [
     "GRU",
@@ -30,4 +31,5 @@ __all__ = [
     "Packing",
     "ShortConv",
     "SwiGLU",
+    "bound_state_weights",
 ]

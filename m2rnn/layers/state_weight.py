@@ -71,7 +71,7 @@ def _cut(weights: Tensor, limits: Tensor) -> Tensor:
 def head_bounds(
     heads: int, bound: float | None, bounded_heads: int | None, device: torch.device | None = None
 ) -> Tensor | None:
-    """The bound of each head, infinity for free ones, float32 ``[heads]``; None where all are free.
+    """The bound of each head, infinity for free ones, ``[heads]``; None where no bound is given.
 
     Raises:
         ValueError: for a bound that is not above 0, a number of heads that there is not, or heads without a bound.
@@ -84,7 +84,9 @@ def head_bounds(
         raise ValueError(f"state_weight_bound {bound}: expected a number above 0, such as 0.9, or None")
     if bounded_heads is not None and not 0 <= bounded_heads <= heads:
         raise ValueError(f"bounded_heads {bounded_heads}: expected 0 to the number of heads of W, which is {heads}")
-    limits = torch.full((heads,), float("inf"), device=device)  # made there: a copy would wait for the device
+    # In float64, since float32's 0.9 is another number; made on the device, since a copy would wait for it.
+    dtype = torch.float32 if device is not None and device.type == "mps" else torch.float64  # which mps lacks
+    limits = torch.full((heads,), float("inf"), dtype=dtype, device=device)
     limits[: heads if bounded_heads is None else bounded_heads] = bound
     return limits
 
