@@ -2,7 +2,7 @@
 
 import shutil
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -36,6 +36,7 @@ class Conversion:
         mlp_layout: how lm-engine's side stores gate and up, for each kind of layer.
         bytes, files: of the weights written.
         copied: other files that were copied.
+        notes: what the format cannot say, a sentence each.
     """
 
     source: str
@@ -48,6 +49,7 @@ class Conversion:
     bytes: int
     files: int
     copied: list[str]
+    notes: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,7 +65,8 @@ class Conversion:
             "copied": ", ".join(self.copied) or "nothing else",
             "written to": self.destination,
         }
-        return "\n".join(f"{name:<12}{text}" for name, text in rows.items())
+        lines = [*rows.items(), *(("note", note) for note in self.notes)]
+        return "\n".join(f"{name:<12}{text}" for name, text in lines)
 
 
 def convert(
@@ -147,7 +150,18 @@ def convert(
         bytes=total,
         files=len(files),
         copied=[path.name for path in copied],
+        notes=_bound_is_lost(config) if to == "lm-engine" else [],
     )
+
+
+def _bound_is_lost(config: M2RNNConfig) -> list[str]:
+    bound = config.mixer_options.get("m2rnn", {}).get("state_weight_bound")
+    if "m2rnn" not in config.mixers or bound is None:
+        return []
+    return [
+        f"lm-engine has no state_weight_bound ({bound:g}): W keeps its bits, but training there can leave the bound; "
+        "the way back restores the option"
+    ]
 
 
 def _check_destination(source: Path, destination: Path, force: bool) -> None:
