@@ -300,8 +300,8 @@ def seeds(comparison: Comparison, reference: str | None) -> list[str]:
         "Loss (nats per token): on all validation documents, and on the long ones by the training length that the "
         "tokens are in. Cuts and windows are made after training.",
         markdown(["model", "validation", *(name for name, _, _ in AT)], lengths),
-        "Recall: loss on the third token of n-grams that the document has had before, and on others; how much of a "
-        "random text the model copies; what attention contributes.",
+        "Recall: loss on tokens that follow the same three tokens as earlier in the document, and on others; how much "
+        "of the second copy of random tokens the model gets right; what attention contributes.",
         markdown(["model", *(name for name, _, _ in RECALL)], recall),
         *differences(comparison, reference),
     ]
