@@ -12,6 +12,7 @@ The batches are a function of (seed, step), whatever the number of processes. On
 bit as long as that number stays.
 """
 
+import copy
 import gc
 import math
 import os
@@ -114,9 +115,12 @@ def train(
         if saved is not None and saved["settings"] != identity:
             raise CheckpointError(f"{found} belongs to a run with other settings: delete it to go on without it")
         if saved is not None and saved["step"] == settings.steps and (folder / RESULTS).exists():
+            if first:
+                _mend_use_cache(folder / MODEL, config)
             return read_json(folder / RESULTS, "delete it, and the same command writes it again")
         display.say(f"building {settings.preset}" + (f", to go on from {found.name}" if found else ""))
-        model = build_model(settings, config, empty=bool(args.fsdp) and not first)
+        # With a configuration of its own: Trainer sets its use_cache to False, which is not to be saved.
+        model = build_model(settings, copy.deepcopy(config), empty=bool(args.fsdp) and not first)
         batches = PackedBatches(
             data,
             settings.context,
@@ -395,6 +399,15 @@ def _write_model(trainer: CheckpointingTrainer, config: M2RNNConfig, data: Token
         except (OSError, SafetensorError) as error:
             failure = f"cannot write {folder / MODEL}: {error}. The checkpoint is whole: make room, run again"
     raise_everywhere(failure)
+
+
+def _mend_use_cache(model: Path, config: M2RNNConfig) -> None:
+    """Let the model of a finished run generate with its cache, where an earlier version saved ``use_cache: false``."""
+    for path in (model / "config.json", model / "generation_config.json"):
+        if config.use_cache and path.exists():
+            written = read_json(path, "delete results.json, and the same command writes the model again")
+            if written.get("use_cache") is False:
+                write_whole_file(path, to_json(written | {"use_cache": True}))
 
 
 @contextmanager
