@@ -85,7 +85,10 @@ def swap(
         take_over(mixer_of(model, layer), m2rnn)
         if batches is not None:
             fit(model, mixer_of(model, layer), m2rnn, batches, steps, display or Display(), f"layer {layer}")
-        put_mixer(model, layer, SwappedMixer(m2rnn, layer))
+        mixer = SwappedMixer(m2rnn, layer)
+        for module in mixer.modules():
+            module._is_hf_initialized = True  # type: ignore[assignment] # otherwise post_init would start it anew
+        put_mixer(model, layer, mixer)
         _record(model.config, layer, full[layer])
     made = {id(parameter) for m2rnn in new.values() for parameter in m2rnn.parameters()}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in made}

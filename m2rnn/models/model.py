@@ -419,6 +419,7 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
         with torch.device("meta"):
             head = LanguageModelHead(resized.in_features, resized.out_features)
         head.weight = resized.weight
+        head._is_hf_initialized = True  # type: ignore[assignment] # as the one it replaces: post_init keeps it
         return head
 
     def _prepare_cache_for_generation(  # type: ignore[override]

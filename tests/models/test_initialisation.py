@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from m2rnn.convert.swapping import load_swapped, swap
 from m2rnn.models import M2RNNConfig, M2RNNForCausalLM, M2RNNModel
 from m2rnn.models.loss import LanguageModelHead
+from tests.convert.hybrids import CLASSES, needs_swap
+from tests.convert.hybrids import make as make_hybrid
 from tests.models.small import VOCAB, config, make
 from tests.tolerances import assert_close
 
@@ -162,6 +165,38 @@ def test_resized_vocabularies_keep_their_head(tied: bool, tmp_path: Path) -> Non
     model.save_pretrained(tmp_path)
     loaded, more = M2RNNForCausalLM.from_pretrained(tmp_path), torch.full((1, 3), VOCAB + 4)
     assert_close(loaded(more, labels=more).loss, model(more, labels=more).loss, torch.float32, "output")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("mean_resizing", [False, True])
+@pytest.mark.parametrize("vocab_size", [80, VOCAB - 5])
+def test_resized_vocabularies_do_not_start_anew(tied: bool, mean_resizing: bool, vocab_size: int) -> None:
+    model, ids = make(dtype=torch.float32, tie_word_embeddings=tied), torch.randint(VOCAB - 5, (2, 5))
+    model.resize_token_embeddings(vocab_size, mean_resizing=mean_resizing)
+    before, weights = model(ids).logits, {name: value.clone() for name, value in model.state_dict().items()}
+    model.post_init()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+    assert torch.equal(model(ids).logits, before)
+
+
+@needs_swap
+@pytest.mark.parametrize("family", CLASSES)
+@pytest.mark.parametrize("from_file", [False, True])
+@torch.no_grad()
+def test_swapped_layers_do_not_start_anew_when_the_vocabulary_is_resized(
+    family: str, from_file: bool, tmp_path: Path
+) -> None:
+    model = make_hybrid(family, torch.float32)
+    swap(model, [0, 2], num_heads=4)
+    if from_file:
+        model.save_pretrained(tmp_path)
+        model = load_swapped(tmp_path)
+    model.resize_token_embeddings(80, mean_resizing=False)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    model.post_init()
+    for name, value in model.named_parameters():
+        assert torch.equal(value, before[name]), name
 
 
 def test_tied_head_is_the_embedding() -> None:
