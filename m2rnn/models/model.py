@@ -33,6 +33,7 @@ from transformers.utils.generic import can_return_tuple
 from m2rnn.layers import Attention, OutputProjection, Packing
 from m2rnn.layers.attention import RotaryTables, positions_of, rotary_tables
 from m2rnn.layers.moe import Experts, MoE
+from m2rnn.models.arguments import check_others
 from m2rnn.models.cache import CACHE_NAME, M2RNNCache
 from m2rnn.models.capture import CapturedDecoding
 from m2rnn.models.config import MIXERS, MLPS, M2RNNConfig
@@ -181,11 +182,13 @@ class M2RNNModel(M2RNNPreTrainedModel):
             output_router_logits: also return the logits of the routers of mixtures of experts.
             packing: what ``layout_of`` finds in the mask, ``cu_seq_lens_q`` and positions, if already known.
             cache: another name of past_key_values, transformers' own since 5.24.
-            **kwargs: other arguments that transformers passes to models; ignored.
+            **kwargs: other arguments that transformers passes to models, such as ``token_type_ids``; without effect.
 
         Raises:
-            ValueError: for inputs that contradict each other.
+            TypeError: for an argument that neither this method nor transformers knows, naming the nearest one.
+            ValueError: for inputs that contradict each other, and for ``output_attentions=True``.
         """
+        check_others(self, kwargs, cu_seq_lens_q is not None or position_ids is not None)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         inputs = input_ids if inputs_embeds is None else inputs_embeds
@@ -357,7 +360,7 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
             num_items_in_batch: what to divide the summed loss by; default the number of labels.
             logits_to_keep: how many of the last time steps to compute logits for (0 for all), or which.
             **kwargs: ``shift_labels`` ``[B, T]``, instead of ``labels``: a token's logits predict the label in its
-                place. Others are ignored, as in ``M2RNNModel.forward``.
+                place. Others are treated as in ``M2RNNModel.forward``.
 
         Returns:
             ``loss``, ``logits``, ``past_key_values`` (``cache`` since transformers 5.24), ``hidden_states``. While
@@ -366,6 +369,7 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
             contains ``config.router_aux_loss_coef · aux_loss``, times the part of ``num_items_in_batch`` that is
             labelled here; in evaluation it is the cross-entropy alone.
         """
+        check_others(self, kwargs, cu_seq_lens_q is not None or position_ids is not None, ("shift_labels",))
         # No argument of its own, since Trainer evaluates a loss only for batches that have all arguments named so
         shift_labels: Tensor | None = kwargs.get("shift_labels")
         inputs = input_ids if inputs_embeds is None else inputs_embeds
@@ -382,6 +386,7 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             output_router_logits=output_router_logits,
             packing=packing,
+            output_attentions=False,  # the caller's wish is checked above
         )
         hidden = outputs.last_hidden_state
         if labels is not None and shift_labels is None:
