@@ -178,7 +178,8 @@ class M2RNNModel(M2RNNPreTrainedModel):
                 not training.
             cu_seq_lens_q: int ``[N + 1]``, boundaries of the sequences packed in a batch of one row; wins
                 over the mask.
-            output_hidden_states: also return the input of every layer and the final output.
+            output_hidden_states: also return the input of every layer and the final output; the layers compute from
+                these tensors, so that ``retain_grad`` on one gives its gradient.
             output_router_logits: also return the logits of the routers of mixtures of experts.
             packing: what ``layout_of`` finds in the mask, ``cu_seq_lens_q`` and positions, if already known.
             cache: another name of past_key_values, transformers' own since 5.24.
@@ -233,6 +234,8 @@ class M2RNNModel(M2RNNPreTrainedModel):
         for layer, block in enumerate(self.layers):
             if output_hidden_states:
                 hidden_states.append(unpacked(hidden))
+                if padded is not None:  # the layer computes from what is returned, so that this has a gradient
+                    hidden = padded.to(hidden.device).pack(hidden_states[-1])
             state = None if cache is None else cache.layers[layer].read(one_token)
             mixer, rotary = block.mixer, None
             if isinstance(mixer, Attention) and mixer.rope_theta is not None:

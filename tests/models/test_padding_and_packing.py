@@ -189,3 +189,50 @@ def test_contradictory_inputs_are_refused() -> None:
     for arguments in ({"input_ids": ids}, {"input_ids": ids[:1], "cu_seq_lens_q": torch.tensor([0, 1, 4])}):
         with pytest.raises(ValueError, match="past_key_values holds 1 sequences, but the new tokens are of 2"):
             model(**arguments, past_key_values=cache)
+
+
+def state_gradients(model, ids: Tensor, cotangent: Tensor, **arguments) -> list[Tensor]:
+    """Of Σ logits · cotangent with respect to each of the returned hidden states."""
+    outputs = model(ids, output_hidden_states=True, **arguments)
+    for state in outputs.hidden_states:
+        state.retain_grad()
+    (outputs.logits * cotangent).sum().backward()
+    return [state.grad for state in outputs.hidden_states]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_returned_hidden_states_have_the_gradients_of_each_sequence_alone(name: str, checkpointed: bool) -> None:
+    model, ids = make(name), torch.randint(VOCAB, (3, 6))
+    if checkpointed:
+        model.train()
+        newest = hasattr(model, "activation_checkpointing_enable")
+        enable = model.activation_checkpointing_enable if newest else model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 0, 1, 1, 0, 1], [1, 1, 1, 0, 0, 0]], dtype=torch.bool)
+    cotangent = torch.randn(3, 6, VOCAB, dtype=torch.float64) * mask[..., None]
+    found = state_gradients(model, ids, cotangent, attention_mask=mask.long())
+    assert len(found) == len(model.model.layers) + 1
+    assert all((gradient[~mask] == 0).all() for gradient in found)
+    bounds = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+    packed = state_gradients(model, ids[mask][None], cotangent[mask][None], cu_seq_lens_q=bounds)
+    alone = [
+        state_gradients(model, row[real][None], cotangent[n, real][None])
+        for n, (row, real) in enumerate(zip(ids, mask, strict=True))
+    ]
+    for layer, gradient in enumerate(found):
+        expected = torch.cat([row[layer][0] for row in alone])
+        assert expected.abs().max() > 0
+        assert_close(gradient[mask], expected, torch.float64, "gradient")
+        assert_close(packed[layer][0], expected, torch.float64, "gradient")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_asking_for_hidden_states_changes_no_bit(name: str) -> None:
+    model, ids = make(name), torch.randint(VOCAB, (2, 6))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 0, 1, 1, 0, 1]])
+    for real, arguments in ((mask, {"attention_mask": mask}), (torch.ones_like(mask), {})):
+        asked, plain = (model(ids, output_hidden_states=asks, **arguments) for asks in (True, False))
+        assert torch.equal(asked.logits, plain.logits)
+        assert plain.hidden_states is None
+        assert torch.equal(asked.hidden_states[0], model.model.embed_tokens(ids) * real[..., None])
