@@ -1,6 +1,7 @@
 """``m2rnn generate``: completions as text, one as it comes or many in batches, with their speed and memory."""
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import GenerationConfig, set_seed
@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Write = Callable[[str], object]
+
+WINDOW, OVERLAP = 32, 8  # tokens that a stream decodes at least, and characters that are out already among their text
+BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # how tokenizers with byte fallback name the token of a byte
+UNREADABLE = "\N{REPLACEMENT CHARACTER}"
+#: Of what a text ends in where transformers' ``clean_up_tokenization`` may take a space away once more is there
+BEFORE_CLEANING = " 'nvr"
 
 
 @dataclass(frozen=True)
@@ -318,13 +324,21 @@ def _padding(tokenizer: "PreTrainedTokenizerBase") -> int:
 
 
 class _Stream(BaseStreamer):
-    """Gets the prompt, then each token, from ``generate``; writes text as soon as its characters are complete."""
+    """Gets the prompt, then each token, from ``generate``; writes text as soon as no later token can change it.
+
+    What it writes is together what ``_continuation`` gives. Each time it decodes the last tokens alone, so that a long
+    text costs no more a token than a short one.
+    """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", prompt: list[int], write: Write) -> None:
         self._tokenizer, self._prompt, self._write = tokenizer, prompt, write
-        self._decode = DecodeStream(skip_special_tokens=True)
-        said = "".join(self._step(token) for token in prompt)
-        self._held_back = _text(tokenizer, prompt).removeprefix(said)  # what looks like half a character
+        flagged = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._skipped = flagged | set(tokenizer.all_special_ids)
+        self._window = list(prompt)  # the last tokens
+        self._said: int | None = None  # how much of the window's text is out; None: does it begin as the prompt's does?
+        self._in_bytes = False
+        for token in prompt:
+            self._see(token)
         self._prompt_seen = False
         self.ids: list[int] = []
         self.text = ""
@@ -337,17 +351,50 @@ class _Stream(BaseStreamer):
         self.first = self.first or time.monotonic()
         for token in value.flatten().tolist():
             self.ids.append(token)
-            if text := self._step(token):
-                self._say(text.removeprefix(self._held_back))
-                self._held_back = ""
+            self._window.append(token)
+            self._see(token)
+        if not self._in_bytes:
+            self._say(self._settled())
 
     def end(self) -> None:
         whole = _continuation(self._tokenizer, self._prompt, self.ids)
-        if whole.startswith(self.text):  # the stream holds an incomplete character at the end back
+        if whole.startswith(self.text):
             self._say(whole[len(self.text) :])
+        self.text = whole
 
-    def _step(self, token: int) -> str:
-        return self._decode.step(self._tokenizer.backend_tokenizer, token) or ""
+    def _see(self, token: int) -> None:
+        """Note whether the text ends in a run of bytes: one that is no UTF-8 makes all of the run unreadable."""
+        known = self._tokenizer.convert_ids_to_tokens(token)
+        if known is not None and token not in self._skipped:  # others have no text, and do not end a run
+            self._in_bytes = BYTE.fullmatch(str(known)) is not None
+
+    def _settled(self) -> str:
+        """What is new in the window's text and stays as it is, whatever follows."""
+        text = _text(self._tokenizer, self._window)
+        stays = text.rstrip(UNREADABLE)  # perhaps a character's first bytes
+        if self._tokenizer.clean_up_tokenization_spaces:
+            stays = stays.rstrip(BEFORE_CLEANING)
+        if self._said is None:
+            before = _text(self._tokenizer, self._prompt)
+            if len(stays) < len(before):
+                return ""
+            if not stays.startswith(before):
+                self._window, self._said = list(self.ids), 0
+                return self._settled()
+            self._said = len(before)
+        new = stays[self._said :]
+        self._said = max(self._said, len(stays))
+        if len(self._window) > 2 * WINDOW:
+            self._shorten(text, self._said)
+        return new
+
+    def _shorten(self, text: str, said: int) -> None:
+        """Let the window begin later, if from there on the text is the same, some of what is out included."""
+        later = self._window[-WINDOW:]
+        rest = _text(self._tokenizer, later)
+        gone = len(text) - len(rest)
+        if text.endswith(rest) and said - gone >= OVERLAP:
+            self._window, self._said = later, said - gone
 
     def _say(self, text: str) -> None:
         self.text += text

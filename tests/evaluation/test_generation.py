@@ -5,15 +5,25 @@ import re
 
 import pytest
 import torch
-from tokenizers import Tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders
 from tokenizers.decoders import Metaspace as MetaspaceDecoder
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.models import BPE, Unigram, WordLevel, WordPiece
+from tokenizers.pre_tokenizers import ByteLevel, Metaspace
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from m2rnn import cli
-from m2rnn.evaluation.generation import GenerationSettings, _Stream, complete, complete_all, memory, read_prompts
+from m2rnn.evaluation.generation import (
+    GenerationSettings,
+    _continuation,
+    _Stream,
+    complete,
+    complete_all,
+    memory,
+    read_prompts,
+)
 from m2rnn.evaluation.language_model import load_model, load_model_tokenizer
 from tests.evaluation.models import TEXTS, save, tokenizer_of
 from tests.models.small import CONFIGS
@@ -113,6 +123,126 @@ def test_streamed_text_is_the_decoded_text_even_if_it_is_no_utf8(name):
             stream.put(value)
         stream.end()
         assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+SPECIAL = ["<unk>", "<s>", "</s>"]
+BYTES = [f"<0x{n:02X}>" for n in range(256)]
+WORDS = ["a", "b", "▁", "▁a", "▁the", "ed", ".", ",", "'", "▁'", "n", "漢", "é", "▁\N{REPLACEMENT CHARACTER}"]
+
+
+def llama_decoder() -> decoders.Decoder:
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    return decoders.Sequence(steps)
+
+
+def kinds() -> dict[str, PreTrainedTokenizerFast]:
+    """A small tokenizer of every kind that language models have."""
+    numbered = {word: number for number, word in enumerate([*SPECIAL, *BYTES, *WORDS])}
+    fallback = Tokenizer(BPE(numbered, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    fallback.decoder = llama_decoder()
+    gemma = Tokenizer(BPE(numbered, [], unk_token="<unk>", byte_fallback=True))
+    gemma.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    letters = [*SPECIAL, *sorted(ByteLevel.alphabet())]
+    byte_level = Tokenizer(BPE({letter: number for number, letter in enumerate(letters)}, []))
+    byte_level.decoder = decoders.ByteLevel()
+    pieces = [*SPECIAL, "do", "##n", "n", "it", "'", "s", "##s", "t", "m", "ve", "re", ".", "?", "!", ",", "漢", "##é"]
+    wordpiece = Tokenizer(WordPiece({piece: number for number, piece in enumerate(pieces)}, unk_token="<unk>"))
+    wordpiece.decoder = decoders.WordPiece("##", cleanup=False)
+    tidy = Tokenizer(WordPiece({piece: number for number, piece in enumerate(pieces)}, unk_token="<unk>"))
+    tidy.decoder = decoders.WordPiece("##", cleanup=True)
+    scored = [(piece, -float(number)) for number, piece in enumerate([*SPECIAL, *BYTES, *WORDS])]
+    unigram = Tokenizer(Unigram(scored, unk_id=0, byte_fallback=True))
+    unigram.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    plain = Tokenizer(Unigram([piece for piece in scored if piece[0] not in BYTES], unk_id=0))
+    plain.decoder = decoders.Metaspace()
+    backends = {
+        "BPE of bytes": byte_level,
+        "BPE with byte fallback": fallback,
+        "BPE with byte fallback, no strip": gemma,
+        "WordPiece": wordpiece,
+        "WordPiece, tidy": tidy,
+        "Unigram": plain,
+        "Unigram with byte fallback": unigram,
+    }
+    tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    found = {name: PreTrainedTokenizerFast(tokenizer_object=backend, **tokens) for name, backend in backends.items()}
+    cleaned = PreTrainedTokenizerFast(tokenizer_object=wordpiece, clean_up_tokenization_spaces=True, **tokens)
+    return found | {"WordPiece, cleaned": cleaned}
+
+
+KINDS = kinds()
+
+
+def streamed(tokenizer, prompt: list[int], ids: list[int]) -> list[str]:
+    """What is written after each token, and at the end."""
+    pieces: list[str] = []
+    after = []
+    stream = _Stream(tokenizer, prompt, pieces.append)
+    for value in (prompt, *([token] for token in ids)):
+        stream.put(torch.tensor(value))
+        after.append("".join(pieces))
+    stream.end()
+    assert stream.text == "".join(pieces)
+    return [*after[1:], "".join(pieces)]
+
+
+@pytest.mark.parametrize("name", KINDS)
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_what_streams_is_what_the_whole_decodes_to(name: str, data: st.DataObject) -> None:
+    """Of any tokens: bytes that are no UTF-8, special tokens among them, and ids that the tokenizer does not have."""
+    tokenizer = KINDS[name]
+    size = len(tokenizer)
+    likely = st.sampled_from([*range(3), *range(max(3, size - len(WORDS)), size + 2)])
+    token = st.one_of(st.integers(0, size + 1), likely)
+    ids = data.draw(st.lists(token, max_size=40))
+    ids = ids * data.draw(st.sampled_from([1, 1, 9]))  # so long that the window moves on
+    assert streamed(tokenizer, [], ids)[-1] == tokenizer.decode(ids, skip_special_tokens=True)
+    prompt = data.draw(st.lists(token, max_size=6))
+    assert streamed(tokenizer, prompt, ids)[-1] == _continuation(tokenizer, prompt, ids)
+
+
+def ids_of(name: str, *tokens: str) -> list[int]:
+    return [KINDS[name].convert_tokens_to_ids(token) for token in tokens]
+
+
+def test_a_run_of_bytes_that_ends_as_no_utf8_is_as_unreadable_as_the_whole() -> None:
+    """One bad byte turns all of its run into replacement characters, also those that had been a letter before."""
+    name = "BPE with byte fallback"
+    ids = ids_of(name, "▁a", "<0x41>", "<s>", "<0xE6>", "<0xBC>", "▁the")
+    assert streamed(KINDS[name], [], ids)[-1] == "a" + 3 * "\N{REPLACEMENT CHARACTER}" + " the"
+    ids = ids_of(name, "▁a", "<0xE6>", "<0xBC>", "<0xA2>", "▁the")
+    assert streamed(KINDS[name], [], ids) == ["a", "a", "a", "a", "a漢 the", "a漢 the"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("blanks", [0, 1, 2, 40, 90])
+def test_what_was_written_long_ago_is_still_as_in_the_whole(name: str, blanks: int) -> None:
+    """The stream forgets early tokens: not in the middle of a character, nor where no text is left that it knows."""
+    tokenizer = KINDS[name]
+    if name == "BPE of bytes":
+        words = tokenizer.convert_tokens_to_ids([*"ĠðŁĺĢaæ¼¢Ã©"])
+    else:
+        words = ids_of(name, *(["do", "##n", "'", "t", "."] if "Word" in name else ["▁a", "ed", "▁", "漢", "▁the"]))
+    for shift in range(len(words)):
+        ids = [*words[:shift], *words * 20, *ids_of(name, "<s>") * blanks, *words * 20]
+        assert streamed(tokenizer, [], ids)[-1] == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_text_is_written_as_it_comes_and_costs_no_more_for_its_length(name: str, monkeypatch) -> None:
+    tokenizer = KINDS[name]
+    word = ids_of(name, {"W": "do", "B": "a", "U": "a"}[name[0]])
+    if name == "BPE of bytes":
+        word = tokenizer.convert_tokens_to_ids(["æ", "¼", "¢"])  # bytes of one character
+    decoded = []
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **options: decoded.append(len(ids)) or decode(ids, **options))
+    whole = streamed(tokenizer, ids_of(name, "<s>"), word * 300)
+    assert max(sorted(decoded)[:-2]) <= 70, "all but the two that end() checks it with"
+    for count, text in enumerate(whole[:-1], 1):
+        assert len(text) >= (count // len(word)) - 1
+    assert len(decoded) < 2.2 * len(word) * 300
 
 
 @pytest.mark.parametrize("prompt", ["once", "once \N{REPLACEMENT CHARACTER}"])
