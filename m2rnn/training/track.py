@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from m2rnn.data.run_folder import LOG
+from m2rnn.layers.state_weight import bound_state_weights
 from m2rnn.models import M2RNNConfig, M2RNNForCausalLM, presets
 from m2rnn.tasks.word_problem import Batch
 from m2rnn.training.checkpoint import load_checkpoint, save_checkpoint
@@ -187,4 +188,5 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
+    bound_state_weights(model)  # nothing, unless a mixer has a bound
     return loss.item(), norm.item()

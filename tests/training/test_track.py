@@ -273,6 +273,15 @@ def test_settings_that_cannot_work_are_named(change, message):
         build_config(TrackSettings(**change))
 
 
+def test_bounded_heads_stay_within_their_bound_and_the_others_do_not(tmp_path):
+    options = {"value_dim": 4, "state_weight_bound": 0.5, "bounded_heads": 3}
+    settings = TrackSettings(model=TINY | {"mixer_options": {"m2rnn": options}}, steps=5, batch_size=2, train_length=4)
+    (layer,) = train(settings, tmp_path).model.model.layers
+    largest = torch.linalg.matrix_norm(layer.mixer.state_weight.detach().double(), 2)
+    assert largest[:3].max() <= 0.5 + 1e-6
+    assert largest[3:].max() > 0.6
+
+
 def test_the_curriculum_can_be_left_out(tmp_path):
     settings = TrackSettings(model=TINY, steps=1, batch_size=2, train_length=9, curriculum=False)
     train(settings, tmp_path)
