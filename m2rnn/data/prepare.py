@@ -186,9 +186,9 @@ def table(manifest: Mapping[str, Any]) -> str:
         lines.append(f"{manifest['empty']:,} empty documents left out")
     if manifest["rejected"]:
         shown = manifest["first_rejected"][:SHOWN]
-        more = manifest["rejected"] - len(shown)
+        more = len(manifest["first_rejected"]) > SHOWN
         lines.append(f"{manifest['rejected']:,} that cannot be read left out:")
-        lines += [f"  {reason}" for reason in shown] + ([f"  and {more:,} more, see {MANIFEST}"] if more else [])
+        lines += [f"  {reason}" for reason in shown] + ([f"  and more, see {MANIFEST}"] if more else [])
     return "\n".join(lines)
 
 

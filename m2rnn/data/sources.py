@@ -4,16 +4,16 @@ A source is read once and in order, as pieces: some lines of a file, a whole fil
 cheap and the work of one process; to parse them into documents is the work of many.
 """
 
-import bz2
-import gzip
 import json
-import lzma
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
+
+from m2rnn.data.streams import COMPRESSIONS, ByteStream, decompressed, plain
 
 PIECE_BYTES = 2**22
 JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -67,7 +67,8 @@ class Piece:
     Attributes:
         origin: the file or dataset, for messages.
         kind: what ``content`` is: bytes of JSON lines; bytes of text with separators; bytes of one document;
-            the number of a row group of the file; rows already read; why the rest of the file cannot be read.
+            the number of a row group of the file and how many rows it has; rows already read; what is rejected of a
+            file that cannot be read, or not to its end.
         first: number of the piece's first line, document or row in its file, from 1 on.
         size: bytes to parse, roughly.
         done: how much of all sources was read up to here, from 0 to 1; None if nobody knows.
@@ -83,10 +84,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Rejected:
-    """Something that holds no usable text: where, and why."""
+    """Something that holds no usable text: where, why, and how many documents that is; 1 if nobody knows."""
 
     place: str
     reason: str
+    documents: int = 1
 
     def __str__(self) -> str:
         return f"{self.place}: {self.reason}"
@@ -141,34 +143,61 @@ def pieces(sources: Sequence[Files | HubDataset], reading: Reading) -> Iterator[
 def _file_pieces(path: Path, size: int, reading: Reading) -> Iterator[tuple[Piece, float]]:
     """The pieces of a file, each with the share of the file that was read up to its end."""
     form, compression = _format_of(path)
-    first, empty, damage = 1, True, None
+    empty, damage = True, None
     try:
         if form == PARQUET:
             for found in _row_groups(path, reading):
                 yield found
                 empty = False
         else:
-            with path.open("rb") as file:
-                stream = DECOMPRESS[compression](file) if compression else file
-                kind, end = _lines_of(form, reading)
+            kind, end = _lines_of(form, reading)
+            first = 1
+            with path.open("rb", buffering=0) as file:
+                stream = _stream(file, path, compression)
                 for content in _cut(stream, end):
+                    if stream.damage is not None and not _is_whole(content, kind, end):
+                        break
                     yield Piece(str(path), kind, content, first, len(content)), min(1, file.tell() / max(1, size))
-                    first += content.count(end) if end is not None else 1
+                    first += 1 if end is None else content.count(end) + (not content.endswith(end))
                     empty = False
-        if empty:
-            damage = "empty"
+            if stream.damage is not None:
+                unit = "line" if kind == "json lines" else "document"
+                damage = Rejected(f"{path}, {unit} {first}", stream.damage)
+        if empty and damage is None:
+            damage = Rejected(str(path), "empty")
     except DataError:
         raise
-    except Exception as error:  # every format has its own, without a common class
-        damage = f"cannot be read to its end: {error}"
+    except Exception as error:  # of the system or of Arrow, which has several
+        damage = Rejected(str(path), f"cannot be read: {error}")
     if damage is not None:
-        yield Piece(str(path), "damage", damage, first, 0), 1
+        yield Piece(str(path), "damage", damage, 1, 0), 1
+
+
+def _stream(file: FileIO, path: Path, compression: str) -> ByteStream:
+    if not compression:
+        return ByteStream(plain(file))
+    try:
+        return ByteStream(decompressed(file, compression))
+    except ImportError:
+        raise DataError(f"{path}: to read .zst files, install m2rnn[train] or the package backports.zstd") from None
+
+
+def _is_whole(content: bytes, kind: Kind, end: bytes | None) -> bool:
+    """Whether content just before damage ends where a document does."""
+    if end is not None and content.endswith(end):
+        return True
+    if kind != "json lines":
+        return False
+    try:  # an object that was cut is none
+        return isinstance(json.loads(content[content.rfind(b"\n") + 1 :]), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _format_of(path: Path) -> tuple[str, str]:
     """The suffixes that say what a file holds and how it is compressed; '' for text and for no compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    compression = suffixes.pop() if suffixes and suffixes[-1] in DECOMPRESS else ""
+    compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
     return (suffixes[-1] if suffixes and suffixes[-1] in (*JSON_LINES, PARQUET) else ""), compression
 
 
@@ -181,25 +210,7 @@ def _lines_of(form: str, reading: Reading) -> tuple[Kind, bytes | None]:
     return "document", None
 
 
-def _open_zst(file: IO[bytes]) -> Any:
-    try:
-        from backports import zstd
-    except ImportError:
-        raise DataError(
-            f"{file.name}: to read .zst files, install m2rnn[train] or the package backports.zstd"
-        ) from None
-    return zstd.open(file)
-
-
-DECOMPRESS: dict[str, Callable[[Any], Any]] = {
-    ".gz": gzip.open,
-    ".xz": lzma.open,
-    ".bz2": bz2.open,
-    ".zst": _open_zst,
-}
-
-
-def _cut(stream: IO[bytes], end: bytes | None) -> Iterator[bytes]:
+def _cut(stream: ByteStream, end: bytes | None) -> Iterator[bytes]:
     """The stream in pieces that each end with ``end``, except perhaps the last; whole without an ``end``."""
     if end is None:
         whole = stream.read()
@@ -228,15 +239,46 @@ def _row_groups(path: Path, reading: Reading) -> Iterator[tuple[Piece, float]]:
                 continue
             columns = (described.column(n) for n in range(described.num_columns))
             size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == reading.field)
-            yield Piece(str(path), "row group", group, first, size), (group + 1) / table.metadata.num_row_groups
-            first += described.num_rows
+            rows = described.num_rows
+            piece = Piece(str(path), "row group", (group, rows), first, size)
+            yield piece, (group + 1) / table.metadata.num_row_groups
+            first += rows
 
 
-def _read_column(path: str, group: int, field: str) -> list[bytes | None]:
+def _rows(piece: Piece, field: str) -> Iterator[bytes | Rejected | None]:
+    """The rows of a row group, or those before its damage and what is rejected."""
+    group, rows = piece.content
+    try:
+        column: list[bytes | None] = _read_row_group(piece.origin, group, field)
+    except Exception as error:  # of Arrow, which has several
+        damage = str(error)
+    else:
+        yield from column
+        return
+    read = 0
+    try:
+        for row in _read_row_by_row(piece.origin, group, field):
+            yield row
+            read += 1
+    except Exception as error:
+        damage = str(error)
+    if read < rows:
+        place = f"{piece.origin}, row group {group}, rows {piece.first + read:,} to {piece.first + rows - 1:,}"
+        yield Rejected(place, f"cannot be read: {damage}", rows - read)
+
+
+def _read_row_group(path: str, group: int, field: str) -> list[bytes | None]:
     with _parquet(path).ParquetFile(path) as table:
         column = table.read_row_group(group, columns=[field]).column(field)
         rows: list[bytes | None] = column.cast("large_binary").to_pylist()
         return rows
+
+
+def _read_row_by_row(path: str, group: int, field: str) -> Iterator[bytes | None]:
+    """Slow: every page that can be read is, before the error that says which cannot."""
+    with _parquet(path).ParquetFile(path, pre_buffer=False) as table:
+        for batch in table.iter_batches(1, row_groups=[group], columns=[field], use_threads=False):
+            yield from batch.column(0).cast("large_binary").to_pylist()
 
 
 def _parquet(path: Path | str) -> Any:
@@ -271,11 +313,15 @@ def _hub_pieces(name: str, reading: Reading) -> Iterator[Piece]:
     except DataError:
         raise
     except Exception as error:  # of the network, the Hub, or one of many formats
+        if held or first > 1:
+            raise DataError(
+                f"{name}, row {first + len(held):,}: cannot be read: {error}. The same command goes on with the dataset"
+            ) from error
         raise DataError(f"{name}: no such file or folder; and as a dataset of the Hub: {error}") from error
     if held:
         yield Piece(name, "rows", held, first, size)
     elif first == 1:
-        yield Piece(name, "damage", "empty", 1, 0)
+        yield Piece(name, "damage", Rejected(name, "empty"), 1, 0)
 
 
 def documents(piece: Piece, reading: Reading) -> Iterator[str | Rejected]:
@@ -284,7 +330,7 @@ def documents(piece: Piece, reading: Reading) -> Iterator[str | Rejected]:
     unit, parse = "row", _text
     match piece.kind:
         case "damage":
-            yield Rejected(piece.origin, piece.content)
+            yield piece.content
             return
         case "document":
             unit, contents = "document", [piece.content]
@@ -298,12 +344,11 @@ def documents(piece: Piece, reading: Reading) -> Iterator[str | Rejected]:
         case "rows":
             contents = piece.content
         case "row group":
-            try:
-                contents = _read_column(piece.origin, piece.content, reading.field)
-            except Exception as error:  # of Arrow, which has several
-                yield Rejected(piece.origin, f"row group {piece.content} cannot be read: {error}")
-                return
+            contents = _rows(piece, reading.field)
     for number, content in enumerate(contents, piece.first):
+        if isinstance(content, Rejected):
+            yield content
+            continue
         try:
             text = parse(content)
         except _UnusableError as error:

@@ -98,7 +98,7 @@ class TokenWriter:
             written.bytes += encoded.bytes
         self.progress.blocks += 1
         self.progress.empty += block.empty
-        self.progress.rejected += len(block.rejected)
+        self.progress.rejected += sum(rejected.documents for rejected in block.rejected)
         room = REPORTED - len(self.progress.first_rejected)
         self.progress.first_rejected += [str(rejected) for rejected in block.rejected[:room]]
 

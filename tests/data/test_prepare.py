@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 from typer.testing import CliRunner, Result
 
 from m2rnn import cli
@@ -250,6 +251,72 @@ def test_text_that_cannot_be_read_stops_or_is_counted(tmp_path):
     assert len(manifest["first_rejected"]) == 100
     assert manifest["first_rejected"][99].startswith(f"{path}, line 101: not UTF-8")
     assert texts_of(TokenDataset(tmp_path / "tokens")) == ["1", "2"]
+
+
+def test_of_a_cut_archive_all_whole_documents_are_kept_and_the_damage_is_counted_once(tmp_path):
+    path = write_json_lines(tmp_path / "a.jsonl.gz", many(1000))
+    path.write_bytes(path.read_bytes()[:-9])
+    arguments = (path, "--processes=1", "--out", tmp_path / "tokens")
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert f"{path}, line 1001: cannot be read from here on: the file ends within compressed data" in result.stderr
+    assert "--on-error" in result.stderr
+    result = run(*arguments, "--on-error=skip")
+    assert result.exit_code == 0, result.output
+    assert texts_of(TokenDataset(tmp_path / "tokens")) == many(1000)
+    assert "1 that cannot be read left out:" in result.stdout
+    assert TokenDataset(tmp_path / "tokens").manifest["rejected"] == 1
+
+
+@pytest.mark.parametrize("compression", [".gz", ".xz", ".bz2", ".zst"])
+def test_of_damaged_files_any_processes_and_interruptions_write_the_same(tmp_path, monkeypatch, compression):
+    text = tmp_path / "text"
+    for number in range(3):
+        path = write_json_lines(text / f"{number}.jsonl{compression}", many(300 + number))
+        path.write_bytes(path.read_bytes()[:-200] if number < 2 else path.read_bytes() + b"no archive")
+    table = write_parquet(text / "4.parquet", many(9), rows=3)
+    place = parquet.ParquetFile(table).metadata.row_group(1).column(1).dictionary_page_offset
+    content = table.read_bytes()
+    table.write_bytes(content[:place] + b"\xff" * 20 + content[place + 20 :])
+    monkeypatch.setattr(sources, "PIECE_BYTES", 500)
+    monkeypatch.setattr(preparing, "BLOCK_BYTES", 500)
+    wanted = Settings({"train": [str(text)]}, valid_fraction=0.2)
+    manifest = prepare(wanted, tmp_path / "1", processes=1, on_error="skip")
+    splits = [texts_of(TokenDataset(tmp_path / "1", split)) for split in ("train", "valid")]
+    assert len(splits[0]) + len(splits[1]) >= 302 + 6
+    assert manifest["rejected"] == 3 + 3  # the damage of three files, three rows
+    assert [reason.split(": ")[0].split(", ")[0] for reason in manifest["first_rejected"]] == [
+        str(path) for path in sorted(text.iterdir())
+    ]
+    assert "6 that cannot be read left out:" in preparing.table(manifest)
+    prepare(wanted, tmp_path / "2", processes=2, on_error="skip")
+
+    blocks = itertools.count(1)
+
+    def interrupt(_: str) -> None:
+        if next(blocks) % 7 == 0:
+            raise KeyboardInterrupt
+
+    interruptions = 0
+    while not (tmp_path / "3" / "manifest.json").exists():
+        try:
+            prepare(wanted, tmp_path / "3", processes=1, on_error="skip", commit_seconds=0, update=interrupt)
+        except KeyboardInterrupt:
+            interruptions += 1
+    assert interruptions > 3
+    assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "3")
+
+
+def test_a_byte_order_mark_becomes_no_tokens(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "two"}\n{"text": "three"}\n')
+    (tmp_path / "c.txt").write_bytes("four".encode("utf-16"))
+    wanted = Settings({"train": [str(tmp_path / "*.*")]})
+    with pytest.raises(DataError, match=r"c\.txt, document 1: UTF-16, expected UTF-8: convert the file"):
+        prepare(wanted, tmp_path / "tokens", processes=1)
+    manifest = prepare(wanted, tmp_path / "tokens", processes=1, on_error="skip")
+    assert texts_of(TokenDataset(tmp_path / "tokens")) == ["one", "two", "three"]
+    assert (manifest["rejected"], manifest["splits"]["train"]["bytes"]) == (1, 11)
 
 
 def test_killed_at_any_moment_it_goes_on_without_loss_or_doubles(tmp_path, monkeypatch):
