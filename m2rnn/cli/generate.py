@@ -79,7 +79,7 @@ def generate(
             raise ValueError(f"{model} has no tokenizer: save it there (save_pretrained)")
         if many is None or out is None:
             if prompt is None:
-                prompt = sys.stdin.read() if file is None else generation.read_text(file)
+                prompt = generation.read_text(file)
             done, speed = generation.complete(loaded, tokenizer, prompt, settings, write)
             if sys.stdout.isatty():
                 write("\n")

@@ -84,7 +84,7 @@ class Checkpoint:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; ConversionError, naming the file, if there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConversionError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from transformers import GenerationConfig, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from m2rnn.data.run_folder import PARTIAL, force_to_disk
+from m2rnn.data.streams import why_not_utf8
 from m2rnn.evaluation.language_model import LanguageModel
 from m2rnn.models.cache import CACHE_NAME
 from m2rnn.models.model import M2RNNForCausalLM
@@ -258,14 +260,14 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
     return [start]
 
 
-def read_text(path: Path) -> str:
-    """The text of a file; ``ValueError`` naming it if it cannot be read."""
+def read_text(path: Path | None) -> str:
+    """The text of a file, or of standard input, without a byte-order mark; ``ValueError`` if it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
+        return sys.stdin.read().removeprefix("\ufeff") if path is None else path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
+        raise ValueError(f"{path or 'standard input'}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8: byte {error.object[error.start]:#04x} at {error.start}") from error
+        raise ValueError(f"{path or 'standard input'}: {why_not_utf8(error)}") from error
 
 
 def read_prompts(path: Path) -> list[str]:

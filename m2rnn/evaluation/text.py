@@ -133,7 +133,7 @@ def from_files(
     for piece in pieces([found], reading):
         for document in documents(piece, reading):
             if isinstance(document, Rejected):
-                raise DataError(str(document))
+                raise DataError(f"{document}. Mend or remove it, or leave it out with m2rnn prepare --on-error skip")
             if document:
                 held.append(document)
                 num_bytes += len(document.encode())

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from m2rnn.data.streams import why_not_utf8
 from m2rnn.training.track_settings import SettingsError
 from m2rnn.training.yaml_values import read_yaml
 
@@ -213,10 +214,12 @@ def load_settings(
 
 def _read_recipe(path: Path) -> dict[str, Any]:
     try:
-        content = read_yaml(path.read_text(encoding="utf-8"))
+        content = read_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise SettingsError(f"recipe {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"recipe {path}: {why_not_utf8(error)}") from None
+    except yaml.YAMLError as error:
         raise SettingsError(f"recipe {path} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise SettingsError(f"recipe {path}: expected lines like 'steps: 1000', got {type(content).__name__}")

@@ -342,6 +342,30 @@ def test_prompts_come_from_json_lines_or_lines(tmp_path, folder):
         read_prompts(tmp_path / "empty.txt")
 
 
+def test_a_byte_order_mark_is_no_prompt(tmp_path, folder):
+    mark = "\ufeff"
+    (tmp_path / "prompt.txt").write_bytes(f"{mark}one two".encode())
+    (tmp_path / "prompts.txt").write_bytes(f"{mark}one{mark}\n{mark}two\n".encode())
+    (tmp_path / "prompts.jsonl").write_bytes(f'{mark}{{"prompt": "one"}}\n'.encode())
+    assert read_prompts(tmp_path / "prompts.txt") == [f"one{mark}", f"{mark}two"]
+    assert read_prompts(tmp_path / "prompts.jsonl") == ["one"]
+    options = ["--temperature", 0, "--max-new-tokens", 4, "--ignore-eos", "--device", "cpu"]
+    model, tokenizer = loaded(folder)
+    expected = complete(model, tokenizer, "one two", GenerationSettings(4, temperature=0, ignore_eos=True))[0]
+    for done in (
+        run(folder, "--file", tmp_path / "prompt.txt", *options),
+        run(folder, *options, text=f"{mark}one two"),
+    ):
+        assert (done.exit_code, done.stdout) == (0, expected.completion), done.output
+    for name in ("prompt.txt", "prompts.jsonl"):
+        (tmp_path / name).write_bytes(f"{mark}one".encode("utf-16-be"))
+        with pytest.raises(ValueError, match=rf"{name}: UTF-16, expected UTF-8: convert the file"):
+            read_prompts(tmp_path / name)
+    done = run(folder, *options, text=f"{mark}one".encode("utf-16-le"))
+    assert done.exit_code == 2
+    assert "standard input: UTF-16, expected UTF-8" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

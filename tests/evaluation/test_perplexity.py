@@ -525,9 +525,19 @@ def test_a_tokenizer_that_begins_texts_with_bos_does_so_and_all_bytes_count(tmp_
     assert found["text"]["bytes_scored"] == sum(len(text.encode()) for text in TEXTS)
 
 
+def test_a_byte_order_mark_of_a_file_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffone\ufeff".encode())
+    (tmp_path / "b.jsonl").write_bytes('\ufeff{"text": "two"}\n'.encode())
+    text = from_files(str(tmp_path), Reading(), tokenizer_of("bytes"))
+    assert bytes(text.tokens) == "one\ufeff".encode() + b"\xfftwo\xff"
+    (tmp_path / "a.txt").write_bytes("one".encode("utf-16"))
+    with pytest.raises(DataError, match=r"a\.txt, document 1: UTF-16, expected UTF-8: convert the file"):
+        from_files(str(tmp_path), Reading(), tokenizer_of("bytes"))
+
+
 def test_text_that_cannot_be_read_and_damaged_tokens_are_named(tmp_path, data):
     data.write_bytes(b'{"text": "good"}\n{"text": "half\n')
-    with pytest.raises(DataError, match="line 2: not JSON"):
+    with pytest.raises(DataError, match=r"line 2: not JSON.*\. Mend or remove it, .*--on-error skip"):
         from_files(str(data), Reading(), tokenizer_of("bytes"))
     folder = prepared(tmp_path / "tokens", TEXTS).folder
     content = bytearray((folder / "train.tokens.bin").read_bytes())

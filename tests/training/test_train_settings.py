@@ -125,6 +125,15 @@ def test_the_peak_is_that_of_the_gpu_itself(name, peak):
     assert peak_of(name) == peak
 
 
+def test_a_recipe_may_begin_with_a_byte_order_mark_but_not_be_in_utf_16(tmp_path, data):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("\ufeffpreset: tiny-m2rnn\nsteps: 777\n", encoding="utf-8")
+    assert load_settings(recipe, [], {"data": data}).steps == 777
+    recipe.write_text("preset: tiny-m2rnn\n", encoding="utf-16")
+    with pytest.raises(SettingsError, match=r"recipe\.yaml: UTF-16, expected UTF-8: convert the file"):
+        load_settings(recipe, [], {"data": data})
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipes_make_a_model_a_schedule_and_a_plan(data, recipe):
     settings = load_settings(recipe, ["device=cpu"], {"data": data})
