@@ -423,6 +423,9 @@ def test_broken_folders_are_named(tmp_path: Path) -> None:
     (source / "config.json").write_text("{")
     with pytest.raises(ConversionError, match=r"config.json is not JSON"):
         convert(source, tmp_path / "ours")
+    (source / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(config).encode())  # as some editors begin files
+    with pytest.raises(ConversionError, match=r"lm_head.weight holds I8 numbers"):
+        convert(source, tmp_path / "ours")
 
 
 def test_the_papers_configurations_are_understood() -> None:
