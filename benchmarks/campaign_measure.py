@@ -13,7 +13,7 @@ from torch import nn
 
 from m2rnn.evaluation import windows as layout
 from m2rnn.evaluation.language_model import LanguageModel, load_model
-from m2rnn.evaluation.perplexity import losses_and_states, losses_of
+from m2rnn.evaluation.losses import losses_and_states, losses_of
 from m2rnn.evaluation.recall import attention_off, copying, is_hybrid, repeated, split_losses, text_ids
 from m2rnn.evaluation.spectra import recurrent_layers, spectra
 from m2rnn.evaluation.text import Text, from_token_folder

@@ -25,6 +25,7 @@ from m2rnn.data.batches import PackedBatches
 from m2rnn.data.run_folder import RunFolderError
 from m2rnn.data.sources import DataError, Reading
 from m2rnn.data.token_files import FORMAT, TokenDataset
+from m2rnn.evaluation import losses as scoring
 from m2rnn.evaluation import perplexity, perplexity_report
 from m2rnn.evaluation.language_model import load_model, short_names, token_losses
 from m2rnn.evaluation.perplexity import PerplexitySettings, evaluate_perplexity
@@ -196,11 +197,11 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, model, data, monk
             raise KeyboardInterrupt
         return token_losses(*args)
 
-    monkeypatch.setattr(perplexity, "token_losses", count)
+    monkeypatch.setattr(scoring, "token_losses", count)
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, data, tmp_path / "out", **settings)
     resumed = evaluate(model, data, tmp_path / "out", **settings)
-    in_one_go = sum(len(perplexity.batches(m.windows, 5)) for m in planned(model, data, settings))
+    in_one_go = sum(len(scoring.batches(m.windows, 5)) for m in planned(model, data, settings))
     assert calls == in_one_go + 1  # one of them was interrupted, none repeated
     for name, losses in losses_in(tmp_path / "whole").items():
         np.testing.assert_array_equal(losses_in(tmp_path / "out")[name], losses)
@@ -217,7 +218,7 @@ def test_losses_that_are_not_all_on_disk_are_measured_again(tmp_path, model, dat
     short, holed = sorted((tmp_path / "out" / "losses").iterdir())
     short.write_bytes(short.read_bytes()[:-4])
     losses = np.fromfile(holed, "<f4")
-    losses[2] = perplexity.PENDING  # as if a power cut had kept one page of a window, and not the next
+    losses[2] = scoring.PENDING  # as if a power cut had kept one page of a window, and not the next
     losses.tofile(holed)
     assert only(evaluate(model, data, tmp_path / "out", contexts=(8, 4)))["text"] == only(whole)["text"]
     for name, found in losses_in(tmp_path / "out").items():
@@ -231,7 +232,7 @@ def planned(model, data, settings):
 
 def test_another_batch_may_finish_a_run_but_another_model_or_text_may_not(tmp_path, model, data, monkeypatch):
     own = shutil.copytree(model, tmp_path / "own")
-    monkeypatch.setattr(perplexity, "token_losses", None)
+    monkeypatch.setattr(scoring, "token_losses", None)
     with pytest.raises(TypeError):
         evaluate(own, data, tmp_path / "out", batch=1)
     monkeypatch.undo()
@@ -316,7 +317,7 @@ def test_states_and_spectra_are_measured_beside_the_loss_by_position(tmp_path, m
     loaded = load_model(model, "cpu")
     windows = planned(model, data, settings)[1].windows
     text = perplexity.load_text(model, 300, str(data), PerplexitySettings(**settings))
-    expected = perplexity.state_rms(loaded, text, windows, (8, 16, 24, 32), segment=None).mean(0).T
+    expected = scoring.state_rms(loaded, text, windows, (8, 16, 24, 32), segment=None).mean(0).T
     assert [row["layer"] for row in found["state_rms"]] == [0, 2]
     assert [row["mixer"] for row in found["state_rms"]] == ["m2rnn", "gru"]
     np.testing.assert_allclose([row["rms"] for row in found["state_rms"]], expected, rtol=1e-6)
@@ -357,14 +358,14 @@ def test_states_of_an_interrupted_run_are_those_of_one_in_one_go(tmp_path, model
             raise KeyboardInterrupt
         return rms_of_states(cache, layers)
 
-    monkeypatch.setattr(perplexity, "rms_of_states", stop)
+    monkeypatch.setattr(scoring, "rms_of_states", stop)
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, data, tmp_path / "out", **settings)
     monkeypatch.undo()
     (file,) = (tmp_path / "out" / lost).glob("*positions*")
     numbers = np.fromfile(file, "<f4")
-    assert (numbers == perplexity.PENDING).any()
-    assert (numbers != perplexity.PENDING).any()
+    assert (numbers == scoring.PENDING).any()
+    assert (numbers != scoring.PENDING).any()
     file.unlink()
     resumed = only(evaluate(model, data, tmp_path / "out", **settings))
     for key in ("state_rms", "spectra", "positions", "recall"):

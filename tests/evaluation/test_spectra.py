@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from m2rnn.evaluation.language_model import in_memory
-from m2rnn.evaluation.perplexity import losses_and_states, losses_by_window, losses_of, state_rms
+from m2rnn.evaluation.losses import losses_and_states, losses_by_window, losses_of, state_rms
 from m2rnn.evaluation.spectra import recurrent_layers, spectra, summary_of_states
 from m2rnn.evaluation.text import Text
 from m2rnn.evaluation.windows import sliding, whole
