@@ -103,15 +103,17 @@ def campaign(
     out: Path = arguments.out
     (out / "results").mkdir(parents=True, exist_ok=True)
     done: list[Result] = []
-    seen: set[str] = set()  # models that are compiled
+    seen: set[str] = set()  # models whose kernels the caches on disk have
+    compiled = ""
     tried: set[str] = set()
     for model, reason in slow_models(plan, arguments.device).items():
         print(f"{model} is left out: {reason}", file=sys.stderr)
         tried |= {run.name for run in plan.runs(results) if run.model == model}
     while run := next_run(plan, [*results, *done], tried, deadline - time.monotonic(), seen, arguments):
         tried.add(run.name)
-        if run.model not in seen:
-            torch.compiler.reset()  # there is a limit to how often one function is compiled
+        if run.model != compiled:  # beyond a number of models the compiler would give up, and run layers as they are
+            torch.compiler.reset()
+            compiled = run.model
         display.say(f"{run.stage}: {run.name}")
         try:
             result = do(run, plan, out / "runs" / run.name, deadline, arguments, display)

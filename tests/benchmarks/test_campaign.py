@@ -4,35 +4,29 @@ import json
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
-from campaign import next_run, read_results, seconds_of
+from campaign import campaign, next_run, read_results, seconds_of
 from campaign_measure import pack, unpack
 from campaign_plan import Plan, PlanError
 
 from m2rnn.data.prepare import Settings, prepare
 from m2rnn.models.sizes import size_of
+from m2rnn.training.display import Display
+from tests.benchmarks.small_plan import MODELS, SHAPES
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "benchmarks" / "plans" / "language-modelling.yaml"
 PLAN = {
     "vocab_size": 256,
-    "shapes": {
-        "tiny": {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "reference": "transformer",
-            "mixer_options": {"m2rnn": {"num_heads": 2, "key_dim": 8, "value_dim": 8}, "attention": {"num_heads": 2}},
-        }
-    },
-    "models": {
-        "transformer": {"shape": "tiny", "pattern": "AA"},
-        "hybrid": {"shape": "tiny", "pattern": "MA"},
-        "bounded": {"like": "hybrid", "tuned_as": "hybrid", "mixer_options": {"m2rnn": {"state_weight_bound": 0.9}}},
-    },
+    "shapes": SHAPES,
+    "models": MODELS,
     "defaults": {"context": 16, "batch_size": 4, "min_learning_rate": 0.1},
     "texts": {"letters": "made up"},
     "stages": [
@@ -146,6 +140,24 @@ def test_a_run_that_has_begun_comes_first_and_one_that_is_too_long_only_alone(tm
     assert next_run(plan, [], set(), needed - 0.001, set(), Arguments) is None or needed > 75
     (tmp_path / "runs" / runs[1].name / "checkpoints").mkdir(parents=True)
     assert next_run(plan, [], set(), 1000, set(), Arguments).name == runs[1].name
+
+
+def test_compiled_layers_are_dropped_whenever_another_model_comes(tmp_path, texts, monkeypatch):
+    """Beyond eight kinds of layers torch.compile would run them uncompiled, in silence."""
+    stage = {**PLAN["stages"][0], "models": ["hybrid", "transformer"], "seeds": [0, 1], "learning_rates": [1e-3, 1e-2]}
+    plan = Plan(write_plan(tmp_path, stages=[stage]))
+    events = []
+
+    def do(run, plan, folder, *_):
+        folder.mkdir(parents=True)
+        events.append(run.model)
+        return {"name": run.name, "model": run.model, "failure": "made up"}
+
+    monkeypatch.setattr("campaign.do", do)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: events.append("reset"))
+    arguments = SimpleNamespace(out=tmp_path / "out", texts=texts, stage=None, device="cpu")
+    campaign(plan, [], time.monotonic() + 1e4, arguments, Display())
+    assert events == ["reset", "hybrid", "hybrid", "reset", "transformer", "transformer"] * 2
 
 
 @pytest.mark.parametrize(

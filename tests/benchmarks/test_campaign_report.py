@@ -14,24 +14,15 @@ from campaign_measure import pack
 from campaign_plan import Plan
 from campaign_statistics import far_behind, over_documents, over_seeds, percent_of_perplexity, student_quantile
 
+from tests.benchmarks.small_plan import MODELS, SHAPES
+
 ROOT = Path(__file__).parents[2]
 TOKENS = np.array([100, 300])  # of the two validation documents
 STAGE = {"texts": ["letters"], "steps": 20}
 PLAN = {
     "vocab_size": 256,
-    "shapes": {
-        "tiny": {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "reference": "transformer",
-            "mixer_options": {"m2rnn": {"num_heads": 2, "key_dim": 8, "value_dim": 8}, "attention": {"num_heads": 2}},
-        }
-    },
-    "models": {
-        "transformer": {"shape": "tiny", "pattern": "AA"},
-        "hybrid": {"shape": "tiny", "pattern": "MA"},
-        "bounded": {"like": "hybrid", "tuned_as": "hybrid", "mixer_options": {"m2rnn": {"state_weight_bound": 0.9}}},
-    },
+    "shapes": SHAPES,
+    "models": MODELS,
     "defaults": {"context": 16, "batch_size": 4},
     "texts": {"letters": "made up"},
     "stages": [
