@@ -477,15 +477,16 @@ def test_a_norm_before_the_gate_takes_the_modules_for_single_tokens(
     whole, final = layer(x)
     monkeypatch.setattr("m2rnn.layers.m2rnn.decode_step", lambda *_, **__: pytest.fail("the operator ran"))
     y, state = layer(x[:, :3])
-    state = state.static(9) if static else state
-    addresses = [part.data_ptr() for part in state]
+    first = state = state.static(9) if static else state  # kept: its memory would be given to a later state
+    values = [part.clone() for part in first]
     parts = [y]
     for token in x[:, 3:].split(1, 1):
         y, state = layer(token, state)
         parts.append(y)
     assert_close(torch.cat(parts, 1), whole, torch.float64, "output")
     assert_close(state.recurrent, final.recurrent, torch.float64, "state")
-    assert ([part.data_ptr() for part in state] == addresses) is static
+    assert [kept.data_ptr() == part.data_ptr() for kept, part in zip(first, state, strict=True)] == [static] * 2
+    assert all(torch.equal(kept, value) for kept, value in zip(first, values, strict=True)) is not static
 
 
 @torch.no_grad()
