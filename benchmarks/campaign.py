@@ -32,7 +32,7 @@ from m2rnn.data.run_folder import LOG, MODEL, to_json, write_whole_file
 from m2rnn.data.token_files import TokenDataset
 from m2rnn.evaluation.machine import default_device, hardware, versions
 from m2rnn.models.sizes import size_of
-from m2rnn.ops import fla
+from m2rnn.ops.linear_scan import fla
 from m2rnn.training.display import Display
 from m2rnn.training.monitor import NonFiniteError
 from m2rnn.training.train import Stopped, train

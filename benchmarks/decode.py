@@ -24,7 +24,7 @@ from m2rnn.evaluation.machine import hardware, versions
 from m2rnn.layers import M2RNN
 from m2rnn.layers.projection import project_token
 from m2rnn.models import M2RNNConfig, M2RNNForCausalLM
-from m2rnn.ops.decode import FEW_ROWS, decode_step
+from m2rnn.ops.decode.operator import FEW_ROWS, decode_step
 
 CALLS = 24  # in a graph
 REPEATS = 30

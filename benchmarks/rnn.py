@@ -29,7 +29,7 @@ def training_step(kind: str, batch: int, steps: int, heads: int, units: int, bac
             y: torch.Tensor = layer(x)[0]
             return y
     else:
-        from m2rnn.ops.rnn import gru_scan, rnn_scan
+        from m2rnn.ops.vector_scan.operator import gru_scan, rnn_scan
 
         count, scan = (3, gru_scan) if kind == "gru" else (1, rnn_scan)
         xs = [torch.randn(batch, steps, heads, units, requires_grad=True) for _ in range(count)]

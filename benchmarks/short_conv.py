@@ -48,7 +48,7 @@ def main() -> None:
         parser.error(f"--projection {options.projection}: expected at least --channels, {options.channels}")
     if not torch.cuda.is_available():
         parser.error("there is no GPU that PyTorch can use")
-    from m2rnn.ops import short_conv_triton
+    from m2rnn.ops.short_conv import triton as short_conv_triton
 
     for constant in options.constant:
         name, _, value = constant.partition("=")

@@ -63,11 +63,11 @@ def test_every_part_is_in_the_order() -> None:
 @pytest.mark.parametrize(
     ("module", "source", "forbidden"),
     [
-        ("m2rnn.ops.scan", "from m2rnn.layers import M2RNN", {"layers"}),
-        ("m2rnn.ops.scan", "def f():\n    import m2rnn.models.config", {"models"}),
+        ("m2rnn.ops.scan.operator", "from m2rnn.layers import M2RNN", {"layers"}),
+        ("m2rnn.ops.scan.operator", "def f():\n    import m2rnn.models.config", {"models"}),
         ("m2rnn.ops.scan", "from ..layers import mlp", {"layers"}),
         ("m2rnn.ops.scan", "from .. import training", {"training"}),
-        ("m2rnn.ops.scan", "from m2rnn import models", {"models"}),
+        ("m2rnn.ops.scan.operator", "from m2rnn import models", {"models"}),
         ("m2rnn.tasks.word_problem", "from m2rnn.ops import m2rnn_scan", {"ops"}),
         ("m2rnn.models.model", "from m2rnn.layers import M2RNN\nfrom . import config\nimport torch", set()),
     ],

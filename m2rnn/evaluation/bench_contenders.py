@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m2rnn.evaluation.bench_floor import Counts, attention_counts, scan_counts
-from m2rnn.ops import fla, m2rnn_scan, reference
+from m2rnn.ops import m2rnn_scan
+from m2rnn.ops.linear_scan import fla
+from m2rnn.ops.scan import reference
 from m2rnn.training.track_settings import SettingsError
 
 STATE_CLIP = 1.0  # as in the paper's models

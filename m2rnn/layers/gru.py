@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from m2rnn.layers.rnn import RNN
-from m2rnn.ops.rnn import gru_scan
+from m2rnn.ops.vector_scan import gru_scan
 
 
 class GRU(RNN):

@@ -12,7 +12,7 @@ from m2rnn.layers.packing import Packing, check_tokens
 from m2rnn.layers.projection import OutputProjection
 from m2rnn.layers.short_conv import ShortConv, check_activation, check_init_std
 from m2rnn.layers.sizes import check_sizes
-from m2rnn.ops.rnn import rnn_scan
+from m2rnn.ops.vector_scan import rnn_scan
 
 
 class RNN(nn.Module):
@@ -39,7 +39,7 @@ class RNN(nn.Module):
         gate: the output gate silu(g).
         weight_std: standard deviation of W at the start; None for 1/√V.
         state_clip: bound on each component of the gradient that reaches a state from later tokens, or None.
-        backend: of the recurrence, see ``m2rnn.ops.rnn.rnn_scan``; None chooses.
+        backend: of the recurrence, see ``m2rnn.ops.vector_scan.rnn_scan``; None chooses.
 
     Raises:
         ValueError: for a size or ``conv_init`` that is not positive.

@@ -26,7 +26,7 @@ from m2rnn.evaluation.bench_floor import (
 )
 from m2rnn.evaluation.bench_measure import Effort, Stopwatch, Timing, in_turns, memory_in_child
 from m2rnn.evaluation.bench_report import COLUMNS, SETUP, _draw, empty_row, number, read_csv, table, write_plot
-from m2rnn.ops import fla
+from m2rnn.ops.linear_scan import fla
 from m2rnn.training.display import Display
 
 SHAPE = "B2T6N2K4V8"

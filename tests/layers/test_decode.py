@@ -10,8 +10,9 @@ from torch import Tensor, library
 from m2rnn.layers import M2RNN
 from m2rnn.layers.m2rnn import M2RNNState, StaticM2RNNState
 from m2rnn.layers.projection import OutputProjection, project_token
-from m2rnn.ops.cuda import compiler, step
-from m2rnn.ops.decode import FEW_ROWS, Token, decode_step, few_rows_linear
+from m2rnn.ops.backends.cuda import compiler
+from m2rnn.ops.decode.cuda import step
+from m2rnn.ops.decode.operator import FEW_ROWS, Token, decode_step, few_rows_linear
 from tests.tolerances import assert_close, relative_error
 
 needs_gpu = pytest.mark.skipif(

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m2rnn.layers import GRU, M2RNN, RNN, Packing
-from m2rnn.ops import rnn, scan
+from m2rnn.ops.scan import operator as scan
+from m2rnn.ops.vector_scan import operator as rnn
 
 masks = st.integers(1, 4).flatmap(
     lambda width: st.lists(st.lists(st.booleans(), min_size=width, max_size=width), min_size=1, max_size=4)

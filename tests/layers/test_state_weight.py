@@ -16,7 +16,7 @@ import m2rnn
 from m2rnn.layers import M2RNN
 from m2rnn.layers.state_weight import bound_, bound_state_weights, head_bounds
 from m2rnn.models import M2RNNForCausalLM
-from m2rnn.ops import reference
+from m2rnn.ops.scan import reference
 from tests.convert.hybrids import make as make_hybrid
 from tests.convert.hybrids import needs_swap
 from tests.models.small import OPTIONS, config

@@ -20,7 +20,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from m2rnn.ops import m2rnn_scan, reference
+from m2rnn.ops import m2rnn_scan
+from m2rnn.ops.scan import reference
 from tests.tolerances import assert_close
 
 GRADIENTS = ("q", "k", "v", "f", "weight", "initial_state")

@@ -13,8 +13,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from m2rnn.ops.cuda import launch
-from m2rnn.ops.cuda.compiler import source_of
+from m2rnn.ops.backends.cuda.compiler import source_of
+from m2rnn.ops.scan.cuda import launch
 
 COMPILER = shutil.which("g++")
 OLDEST = 12  # of g++, which has half precision

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from m2rnn.ops import rnn, scan
-from m2rnn.ops.cuda import launch
+from m2rnn.ops.scan import operator as scan
+from m2rnn.ops.scan.cuda import launch
+from m2rnn.ops.vector_scan import operator as rnn
 
 GPU = SimpleNamespace(
     name="GPU X",

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from m2rnn.ops import m2rnn_scan, reference
+from m2rnn.ops import m2rnn_scan
+from m2rnn.ops.scan import reference
 from tests.tolerances import assert_close
 
 BATCH, HEADS, KEY = 2, 2, 20

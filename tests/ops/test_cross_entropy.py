@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from m2rnn.models.loss import chunked_cross_entropy
 from m2rnn.ops import cross_entropy
 from m2rnn.ops.cross_entropy import linear_cross_entropy
+from m2rnn.ops.cross_entropy.operator import _even_chunks
 from tests.ops.ahead_of_time import compile_kernels
 from tests.ops.triton_runs import GPU, runs_triton
 from tests.tolerances import TOLERANCES, assert_close
@@ -22,7 +23,7 @@ DEVICE = "cuda" if GPU else "cpu"
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few columns are many blocks, as a vocabulary is."""
-    from m2rnn.ops import cross_entropy_triton
+    from m2rnn.ops.cross_entropy import triton as cross_entropy_triton
 
     monkeypatch.setattr(cross_entropy_triton, "BLOCK", 64)
 
@@ -64,7 +65,7 @@ def test_gradient_of_a_certain_token_keeps_its_digits() -> None:
     logits[0, 5] = 12
     exact = logits.double().softmax(1)
     exact[0, 5] -= 1
-    from m2rnn.ops.cross_entropy_triton import to_gradient_
+    from m2rnn.ops.cross_entropy.triton import to_gradient_
 
     losses = torch.empty(1, device=DEVICE)
     to_gradient_(logits, torch.tensor([5], device=DEVICE), losses, 64)
@@ -106,9 +107,9 @@ def test_what_is_wrong_shows() -> None:
 
 
 def test_a_step_of_rows_is_cut_evenly() -> None:
-    assert cross_entropy._even_chunks(32_768, 100_352) == 4736  # seven of them
-    assert cross_entropy._even_chunks(100, 512) == 128
-    assert cross_entropy._even_chunks(1000, 2**40) == 128
+    assert _even_chunks(32_768, 100_352) == 4736  # seven of them
+    assert _even_chunks(100, 512) == 128
+    assert _even_chunks(1000, 2**40) == 128
 
 
 @pytest.fixture
@@ -165,7 +166,7 @@ def test_elsewhere_the_loss_is_in_pytorch(device: str, dtype: torch.dtype, reaso
 
 
 COMPILE = """
-from m2rnn.ops.cross_entropy_triton import to_gradient_
+from m2rnn.ops.cross_entropy.triton import to_gradient_
 
 for capability, vocabulary in (90, 100352), (80, 50257):
     logits = torch.zeros(1, -(-vocabulary // 64) * 64, dtype=torch.bfloat16)

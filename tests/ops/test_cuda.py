@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from m2rnn.ops.cuda import compiler, launch
+from m2rnn.ops.backends.cuda import compiler
+from m2rnn.ops.scan.cuda import launch
 
 pytest.importorskip("cuda.core", reason="cuda-core is not installed")
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")

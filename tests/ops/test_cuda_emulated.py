@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from m2rnn.ops import scan
-from m2rnn.ops.cuda import launch
-from m2rnn.ops.shapes import cuda_parts
+from m2rnn.ops.backends.shapes import cuda_parts
+from m2rnn.ops.scan import operator as scan
+from m2rnn.ops.scan.cuda import launch
 from tests.ops.cases import Case, Problem, check, evaluate, make_problem, run_autograd, truth
 from tests.ops.emulated_gpu import H100, EmulatedGpu, Scan, why_not
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from m2rnn.ops import fla
-from m2rnn.ops.linear_scan import gated_delta_scan
+from m2rnn.ops.linear_scan import fla
+from m2rnn.ops.linear_scan.operator import gated_delta_scan
 from tests.ops.test_linear_scan import WIDE, Case, needs_fla
 from tests.tolerances import TOLERANCES, relative_error
 

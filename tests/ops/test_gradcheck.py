@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from m2rnn.ops import m2rnn_scan, reference
+from m2rnn.ops import m2rnn_scan
+from m2rnn.ops.scan import reference
 from tests.ops.cases import Case, make_problem
 
 CASES = [

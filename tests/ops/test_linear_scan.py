@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
 
-from m2rnn.ops import fla, linear_scan
-from m2rnn.ops.linear_scan import gated_delta_scan, gated_linear_scan
+from m2rnn.ops.linear_scan import fla
+from m2rnn.ops.linear_scan import operator as linear_scan
+from m2rnn.ops.linear_scan.operator import gated_delta_scan, gated_linear_scan
 from tests.tolerances import TOLERANCES, assert_close, relative_error
 
 FLOAT64 = torch.float64

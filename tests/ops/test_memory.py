@@ -21,7 +21,8 @@ SLACK = 3 << 20  # allocator rounding and small buffers
 CHILD = """
 import json, os, resource, sys
 import torch
-from m2rnn.ops import m2rnn_scan, reference
+from m2rnn.ops import m2rnn_scan
+from m2rnn.ops.scan import reference
 
 backend, batch, steps, heads, key, value = json.loads(sys.argv[1])
 torch.set_num_threads(1)

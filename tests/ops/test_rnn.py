@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, library
 
-from m2rnn.ops import rnn, rnn_reference
-from m2rnn.ops.rnn import gru_scan, rnn_scan
+from m2rnn.ops.vector_scan import operator as rnn
+from m2rnn.ops.vector_scan import reference as rnn_reference
+from m2rnn.ops.vector_scan.operator import gru_scan, rnn_scan
 from tests.ops.ahead_of_time import compile_kernels
 from tests.ops.cases import lay_out
 from tests.ops.triton_runs import runs_triton
@@ -541,7 +542,7 @@ def test_the_final_state_is_returned_on_request(matrices: int) -> None:
 
 
 COMPILE = """
-from m2rnn.ops.rnn_triton import backward, forward
+from m2rnn.ops.vector_scan.triton import backward, forward
 
 for capability, dtype, units, offsets, matrices in (
     (90, torch.bfloat16, 16, None, 3),

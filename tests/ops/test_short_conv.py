@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, library
 
-from m2rnn.ops import short_conv as operator
-from m2rnn.ops.scan import why_unavailable
-from m2rnn.ops.short_conv import short_conv
+from m2rnn.ops.scan.operator import why_unavailable
+from m2rnn.ops.short_conv import operator as operator
+from m2rnn.ops.short_conv.operator import short_conv
 from tests.ops.ahead_of_time import compile_kernels
 from tests.ops.cases import lay_out
 from tests.ops.triton_runs import GPU, runs_triton
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes milliseconds for each step: a few dozen are many segments."""
     if not GPU:
-        from m2rnn.ops import short_conv_triton
+        from m2rnn.ops.short_conv import triton as short_conv_triton
 
         monkeypatch.setattr(short_conv_triton, "SEGMENT", 8)
 
@@ -361,7 +361,7 @@ def test_more_elements_than_31_bits() -> None:
 
 
 COMPILE = """
-from m2rnn.ops.short_conv_triton import backward, forward
+from m2rnn.ops.short_conv.triton import backward, forward
 
 packed = torch.zeros(70, dtype=torch.int32)
 for capability, dtype, row, channels, bias, starts, vector in (

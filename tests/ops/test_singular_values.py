@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m2rnn.ops.singular_values import bounded
+from m2rnn.ops.singular_values.operator import bounded
 from tests.ops.ahead_of_time import compile_kernels
 from tests.ops.triton_runs import GPU, runs_triton
 from tests.tolerances import relative_error
@@ -15,7 +15,7 @@ from tests.tolerances import relative_error
 ERRORS = {torch.float64: 1e-12, torch.float32: 1e-6}
 COMPILE = """
 import torch
-from m2rnn.ops import singular_values_triton
+from m2rnn.ops.singular_values import triton as singular_values_triton
 
 capability = 90
 for dtype in (torch.float32, torch.bfloat16):
@@ -29,7 +29,7 @@ assert len(kernels) == 4
 
 
 def by_kernel(weight: Tensor, bound: Tensor | float) -> Tensor:
-    from m2rnn.ops.singular_values_triton import bounded_by_kernel
+    from m2rnn.ops.singular_values.triton import bounded_by_kernel
 
     return bounded_by_kernel(
         weight.cuda() if GPU else weight, bound.cuda() if GPU and torch.is_tensor(bound) else bound

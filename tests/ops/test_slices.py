@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from m2rnn.ops.cuda import launch
+from m2rnn.ops.scan.cuda import launch
 from tests.ops.cases import Case, check, make_problem, run, truth
 
 CASES = [

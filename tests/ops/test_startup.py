@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from m2rnn.ops import available_backends
-from m2rnn.ops.cuda import compiler
+from m2rnn.ops.backends.cuda import compiler
 
 needs_cpu = pytest.mark.skipif(
     available_backends().get("cpu", "no") is not None, reason="the cpu backend does not run here"
@@ -70,7 +70,7 @@ def test_cache_folder_that_cannot_be_written_is_announced_and_survived(tmp_path:
     _child(
         """
 import numpy as np
-from m2rnn.ops import cpu
+from m2rnn.ops.scan import cpu
 x = np.linspace(-3, 3, 100)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -102,8 +102,8 @@ def test_a_user_without_a_home_can_compile(chosen: bool, tmp_path: Path) -> None
         NO_HOME
         + f"""
 import numpy as np
-from m2rnn.ops import cpu
-from m2rnn.ops.cuda import compiler
+from m2rnn.ops.scan import cpu
+from m2rnn.ops.backends.cuda import compiler
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     y = cpu.tanh(np.ones(3))
@@ -148,7 +148,7 @@ def test_a_cuda_cache_that_fails_is_announced_and_survived(tmp_path: Path, monke
 @needs_cpu
 def test_warm_start_imports_no_compiler() -> None:
     """The next process loads its kernels from the cache: it needs neither numba nor torch's own compiler."""
-    from m2rnn.ops import cpu_code
+    from m2rnn.ops.backends.cpu import code as cpu_code
 
     for name in ("forward", "backward"):
         cpu_code.kernel(name, 32)
@@ -165,7 +165,7 @@ assert not compilers, compilers
 @needs_cpu
 @pytest.mark.parametrize("damage", ["cut short", "other bytes", "empty"])
 def test_damaged_cache_file_is_not_loaded(damage: str, tmp_path: Path) -> None:
-    from m2rnn.ops import cpu_code  # which needs numba's LLVM
+    from m2rnn.ops.backends.cpu import code as cpu_code  # which needs numba's LLVM
 
     code = bytes(range(256)) * 8
     path = tmp_path / "folder" / "kernel.o"
@@ -181,7 +181,7 @@ def test_damaged_cache_file_is_not_loaded(damage: str, tmp_path: Path) -> None:
 @needs_cpu
 def test_kernels_in_the_cache_are_for_this_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """A home may be shared by machines, whose processors do not have all of each other's instructions."""
-    from m2rnn.ops import cpu_code
+    from m2rnn.ops.backends.cpu import code as cpu_code
 
     paths = {cpu_code._cache_path(name, bits) for name in ("forward", "backward") for bits in (32, 64)}
     monkeypatch.setattr(cpu_code, "_features", lambda: "+other")
@@ -197,9 +197,10 @@ def test_kernels_in_the_cache_are_of_this_source() -> None:
     _child("""
 from pathlib import Path
 before = set(sys.modules)
-import m2rnn.ops.cpu_kernels, m2rnn.ops.rnn_kernels
-from m2rnn.ops import cpu_code
+import m2rnn.ops.scan.cpu_kernels, m2rnn.ops.vector_scan.cpu_kernels
+from m2rnn.ops.backends.cpu import code as cpu_code
 new = {Path(module.__file__) for name, module in sys.modules.items() if name[:5] == "m2rnn" and name not in before}
+new = {path for path in new if path.parent.name == "cpu" or path.name == "cpu_kernels.py"}
 assert new == set(cpu_code._SOURCES), new
 """)
 
@@ -210,7 +211,7 @@ def test_threads_may_be_the_first_to_use_a_kernel_together() -> None:
     _child("""
 import gc, threading
 import numpy as np
-from m2rnn.ops import cpu
+from m2rnn.ops.scan import cpu
 started = threading.Barrier(8)
 right = []
 def work(dtype):

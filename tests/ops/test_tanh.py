@@ -10,7 +10,7 @@ from m2rnn.ops import available_backends
 if available_backends().get("cpu", "not there") is not None:
     pytest.skip(f"cpu: {available_backends().get('cpu')}", allow_module_level=True)
 
-from m2rnn.ops.cpu import tanh
+from m2rnn.ops.scan.cpu import tanh
 
 ULP = 2.0
 BLOCK = 1 << 22

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from m2rnn.ops import cpu
+from m2rnn.ops.scan import cpu
 from tests.ops.cases import Case, make_problem, run
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, library
 
-from m2rnn.ops import scan
+from m2rnn.ops.scan import operator as scan
 from tests.ops import test_integration, test_packed, test_scan
 from tests.ops.ahead_of_time import compile_kernels
 from tests.ops.cases import EMPTY, Case, check, make_problem, random_case, run, truth
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 
 @pytest.fixture
 def kernels():
-    from m2rnn.ops import triton
+    from m2rnn.ops.scan import triton
 
     return triton
 
@@ -168,7 +168,7 @@ def test_the_fake_kernel_tells_how_many_states_are_saved(case: Case) -> None:
 
 
 COMPILE = """
-from m2rnn.ops.triton import backward, forward
+from m2rnn.ops.scan.triton import backward, forward
 
 for capability, dtype, key, value, offsets in (
     (90, torch.bfloat16, 64, 16, None),

@@ -1,0 +1,1 @@
+"""What the operators share: choice of a backend, checks, dtypes, compiled code."""

@@ -1,0 +1,1 @@
+"""CUDA kernels compiled by NVRTC: compiler and launches."""

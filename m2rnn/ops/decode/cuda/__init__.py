@@ -1,0 +1,1 @@
+"""The decoding operators' CUDA kernels."""
