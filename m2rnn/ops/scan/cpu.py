@@ -172,8 +172,8 @@ class _Plan:
     value_dim: int
     dtype: torch.dtype  # of the state
     chunk: int
-    sequences: np.ndarray  # see the columns in cpu_layout
-    units: np.ndarray  # see the columns in cpu_layout
+    sequences: np.ndarray  # see the columns in backends/cpu/layout.py
+    units: np.ndarray  # see the columns in backends/cpu/layout.py
     head_groups: int
     row_blocks: int
 

@@ -5,7 +5,7 @@ Within a unit, ``chunk`` time steps at a time are copied into small dense arrays
 16-bit dtypes and padding are dealt with, so that the arithmetic sees aligned rows of whole vectors only. V is padded
 to whole vectors and the rows to blocks of four with zeros, which stay zero as long as k and v are finite.
 
-Arrays are bare pointers and the tables are those of ``cpu_layout.py``. Everything the arithmetic needs in order to be
+Arrays are bare pointers and the tables are those of ``layout.py``. Everything the arithmetic needs in order to be
 the same bits for any number of threads is fixed by the shapes: units, their order, and who adds to what.
 """
 

@@ -338,7 +338,7 @@ def _float32_to_bfloat16(builder: Any, value: Any) -> Any:
     return builder.trunc(rounded, _same_shape(ir.IntType(16), value.type))
 
 
-# By the codes of cpu_layout: the type in memory, that of a number in a register, and how to get from one to the other
+# By the codes of layout.py: the type in memory, that of a number in a register, and how to get from one to the other
 _KINDS = (
     (ir.FloatType(), ir.FloatType(), lambda builder, x: x, lambda builder, x: x),
     (ir.DoubleType(), ir.DoubleType(), lambda builder, x: x, lambda builder, x: x),
