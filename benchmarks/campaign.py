@@ -28,12 +28,12 @@ import torch
 from campaign_measure import evaluate, pack
 from campaign_plan import PRESET, Plan, PlanError, Run
 
-from m2rnn.data.run_folder import LOG, MODEL, to_json, write_whole_file
 from m2rnn.data.token_files import TokenDataset
-from m2rnn.evaluation.machine import default_device, hardware, versions
 from m2rnn.models.sizes import size_of
 from m2rnn.ops.linear_scan import fla
-from m2rnn.training.display import Display
+from m2rnn.runs.display import Display
+from m2rnn.runs.folder import LOG, MODEL, to_json, write_whole_file
+from m2rnn.runs.machine import default_device, hardware, versions
 from m2rnn.training.monitor import NonFiniteError
 from m2rnn.training.train import Stopped, train
 from m2rnn.training.train_settings import TrainSettings

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
-from m2rnn.evaluation.plot import STYLES, save_figure
+from m2rnn.runs.plot import STYLES, save_figure
 
 if TYPE_CHECKING:
     from campaign_report import Comparison

@@ -23,7 +23,7 @@ from campaign_measure import unpack
 from campaign_plan import Plan, PlanError, Run
 from campaign_statistics import Interval, far_behind, over_documents, over_seeds, percent_of_perplexity
 
-from m2rnn.data.run_folder import write_whole_file
+from m2rnn.runs.folder import write_whole_file
 
 MULTIPLES = (1, 2, 4, 8, 16)  # of the training length
 FAR = (8, 16)  # those whose differences are shown

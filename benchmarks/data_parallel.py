@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
-from m2rnn.data.run_folder import LOG, RESULTS
-from m2rnn.evaluation.csv_table import write_csv
-from m2rnn.evaluation.machine import default_device, hardware, versions
+from m2rnn.runs.csv_table import write_csv
+from m2rnn.runs.folder import LOG, RESULTS
+from m2rnn.runs.machine import default_device, hardware, versions
 
 MODELS = {
     "dense": ["preset=hybrid-m2rnn-410m"],

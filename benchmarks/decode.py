@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from m2rnn.evaluation.csv_table import write_csv
-from m2rnn.evaluation.machine import hardware, versions
 from m2rnn.layers import M2RNN
 from m2rnn.layers.projection import project_token
 from m2rnn.models import M2RNNConfig, M2RNNForCausalLM
 from m2rnn.ops.decode.operator import FEW_ROWS, decode_step
+from m2rnn.runs.csv_table import write_csv
+from m2rnn.runs.machine import hardware, versions
 
 CALLS = 24  # in a graph
 REPEATS = 30

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from m2rnn.evaluation.csv_table import write_csv
-from m2rnn.evaluation.machine import default_device, hardware, versions
 from m2rnn.layers.attention import AttentionState
 from m2rnn.models import M2RNNForCausalLM, presets
 from m2rnn.models.cache import M2RNNCache
+from m2rnn.runs.csv_table import write_csv
+from m2rnn.runs.machine import default_device, hardware, versions
 
 MODELS = ["m2rnn-410m", "hybrid-m2rnn-410m", "hybrid-gdn-m2rnn1-410m", "transformer-410m"]
 CONTEXTS = [1024, 4096, 16384, 65536, 131072]

@@ -32,15 +32,15 @@ import numpy as np
 import torch
 
 from m2rnn.data.prepare import Settings, prepare
-from m2rnn.data.run_folder import LOG, MODEL, RunFolderError, to_json, write_whole_file
 from m2rnn.data.token_files import MANIFEST, TokenDataset
-from m2rnn.evaluation.csv_table import write_csv
-from m2rnn.evaluation.machine import default_device, hardware, versions
 from m2rnn.evaluation.perplexity import PerplexitySettings, evaluate_perplexity
-from m2rnn.evaluation.plot import STYLES, save_figure
 from m2rnn.models import M2RNNConfig, presets
 from m2rnn.models.sizes import size_of
-from m2rnn.training.display import Display
+from m2rnn.runs.csv_table import write_csv
+from m2rnn.runs.display import Display
+from m2rnn.runs.folder import LOG, MODEL, RunFolderError, to_json, write_whole_file
+from m2rnn.runs.machine import default_device, hardware, versions
+from m2rnn.runs.plot import STYLES, save_figure
 from m2rnn.training.train import Stopped, train
 from m2rnn.training.train_settings import TrainSettings
 

@@ -55,8 +55,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
 
     sys.path.insert(0, PROJECT)
-    from m2rnn.evaluation.csv_table import write_csv
-    from m2rnn.evaluation.machine import hardware, versions
+    from m2rnn.runs.csv_table import write_csv
+    from m2rnn.runs.machine import hardware, versions
 
     machine = hardware("cpu") | versions(("torch", "numba"))
     print(" · ".join(f"{name} {value}" for name, value in machine.items()))

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from m2rnn.evaluation.bench_floor import current_gpu
-from m2rnn.evaluation.bench_measure import Stopwatch, Timing
-from m2rnn.evaluation.csv_table import write_csv
-from m2rnn.evaluation.machine import hardware, versions
+from m2rnn.bench.floor import current_gpu
+from m2rnn.bench.measure import Stopwatch, Timing
 from m2rnn.layers import Packing, ShortConv, short_conv
+from m2rnn.runs.csv_table import write_csv
+from m2rnn.runs.machine import hardware, versions
 
 COLUMNS = ["layout", "pass", "fused_ms", "conv1d_ms", "floor_ms", "fused_error", "conv1d_error"]
 FUSED = short_conv.is_fast

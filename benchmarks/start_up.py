@@ -74,8 +74,8 @@ def main() -> None:
         parser.error("--repeats and --threads are at least 1")
 
     sys.path.insert(0, PROJECT)
-    from m2rnn.evaluation.csv_table import write_csv
-    from m2rnn.evaluation.machine import hardware, versions
+    from m2rnn.runs.csv_table import write_csv
+    from m2rnn.runs.machine import hardware, versions
 
     device = "cpu" if options.backend == "cpu" else "cuda"
     machine = {"backend": options.backend, **hardware(device), "threads": options.threads}

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from m2rnn.evaluation.csv_table import write_csv
-from m2rnn.evaluation.machine import hardware, versions
-from m2rnn.evaluation.track import score_model
-from m2rnn.training.track import train
-from m2rnn.training.track_settings import TrackSettings
+from m2rnn.runs.csv_table import write_csv
+from m2rnn.runs.machine import hardware, versions
+from m2rnn.tasks.run import score_model
+from m2rnn.tasks.settings import TrackSettings
+from m2rnn.tasks.training import train
 
 
 def layer(**options: Any) -> dict[str, Any]:

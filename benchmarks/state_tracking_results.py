@@ -13,8 +13,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from m2rnn.evaluation.plot import STYLES, save_figure
-from m2rnn.evaluation.track_report import by_mixer, draw, spread
+from m2rnn.runs.plot import STYLES, save_figure
+from m2rnn.tasks.report import by_mixer, draw, spread
 
 
 def runs_in(comparison: Path) -> list[dict[str, Any]]:

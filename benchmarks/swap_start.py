@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import BambaConfig, BambaForCausalLM, PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 import m2rnn
-from m2rnn.evaluation.csv_table import write_csv
-from m2rnn.evaluation.machine import hardware, versions
+from m2rnn.runs.csv_table import write_csv
+from m2rnn.runs.machine import hardware, versions
 
 R, A = "linear_attention", "full_attention"
 SAME = {

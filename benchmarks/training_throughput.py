@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from m2rnn.evaluation.csv_table import write_csv
-from m2rnn.evaluation.machine import default_device, hardware, versions
 from m2rnn.models import M2RNNConfig, M2RNNForCausalLM, presets
 from m2rnn.models.sizes import size_of
 from m2rnn.ops.linear_scan import fla
+from m2rnn.runs.csv_table import write_csv
+from m2rnn.runs.machine import default_device, hardware, versions
 from m2rnn.training.throughput import peak_flops
 
 MODELS = ["hybrid-gdn-410m", "hybrid-gdn-m2rnn1-410m", "m2rnn-410m", "transformer-410m"]

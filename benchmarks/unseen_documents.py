@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from m2rnn.data.run_folder import write_whole_file
 from m2rnn.data.sources import DataError, Reading, documents, find_source, pieces
+from m2rnn.runs.folder import write_whole_file
 
 
 def main() -> None:

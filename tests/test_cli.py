@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from m2rnn import cli
-from m2rnn.training.track_settings import TrackSettings
+from m2rnn.tasks.settings import TrackSettings
 from m2rnn.training.train_settings import TrainSettings
 
 ROOT = Path(__file__).parent.parent
@@ -162,7 +162,7 @@ def test_ctrl_c_names_the_command_that_goes_on(tmp_path, monkeypatch, options, a
     def press_ctrl_c(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("m2rnn.evaluation.track.train", press_ctrl_c)
+    monkeypatch.setattr("m2rnn.tasks.run.train", press_ctrl_c)
     result = run("--out", tmp_path, *QUICK, *options)
     assert result.exit_code == 130
     assert f"interrupted; the same command{again} resumes the run in {tmp_path}" in result.stderr

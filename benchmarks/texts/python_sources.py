@@ -26,7 +26,7 @@ from urllib.parse import urljoin
 
 from split import Document, HeldOut, TextError, progress, write_texts
 
-from m2rnn.data.run_folder import write_whole_file
+from m2rnn.runs.folder import write_whole_file
 
 LOCK = Path(__file__).with_name("python-sources.lock")
 PYPI = "https://pypi.org/simple"

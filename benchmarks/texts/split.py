@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from m2rnn.data.run_folder import write_whole_file
+from m2rnn.runs.folder import write_whole_file
 
 LONG_LINE = 60
 NEAR_COPY = 0.5  # share of a document that earlier ones have said: above it, the document is dropped

@@ -35,10 +35,10 @@ def op(
 
     Example: m2rnn bench op --out runs/bench-op
     """
-    from m2rnn.evaluation.bench_op import BenchError, bench_op
-    from m2rnn.evaluation.bench_report import table
-    from m2rnn.evaluation.machine import default_device
-    from m2rnn.training.display import Display
+    from m2rnn.bench.operator import BenchError, bench_op
+    from m2rnn.bench.report import table
+    from m2rnn.runs.display import Display
+    from m2rnn.runs.machine import default_device
 
     interrupted = f"interrupted; the same command goes on in {out}"
     try:

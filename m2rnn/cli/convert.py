@@ -51,7 +51,7 @@ def convert(
     """
     from m2rnn.convert import ConversionError, cut_state_weights
     from m2rnn.convert import convert as convert_checkpoint
-    from m2rnn.training.display import Display
+    from m2rnn.runs.display import Display
 
     interrupted = f"interrupted; nothing was written to {destination}"
     if state_weight_bound is None and bounded_heads is not None:

@@ -6,8 +6,8 @@ from typing import NoReturn
 
 import typer
 
-from m2rnn.data.run_folder import RunFolderError
-from m2rnn.training.track_settings import SettingsError
+from m2rnn.runs.errors import SettingsError
+from m2rnn.runs.folder import RunFolderError
 
 
 def fail(message: str, exit_code: int) -> NoReturn:

@@ -97,10 +97,10 @@ def evaluate(
     m2rnn eval runs/a/model --tasks lambada_openai,hellaswag --batch 16
     """
     from m2rnn.data.sources import Reading
-    from m2rnn.evaluation.machine import default_device
     from m2rnn.evaluation.perplexity import PerplexitySettings, evaluate_perplexity
     from m2rnn.evaluation.perplexity_report import PLOTS, table
-    from m2rnn.training.display import Display
+    from m2rnn.runs.display import Display
+    from m2rnn.runs.machine import default_device
 
     interrupted = f"interrupted; {same_command(overwrite)} goes on in {out}"
     advice = f"{same_command(overwrite)} goes on with a smaller --batch or --segment"

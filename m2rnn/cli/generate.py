@@ -49,8 +49,8 @@ def generate(
     """
     from m2rnn.evaluation import generation
     from m2rnn.evaluation.language_model import load_model, load_model_tokenizer
-    from m2rnn.evaluation.machine import default_device
-    from m2rnn.training.display import Display
+    from m2rnn.runs.display import Display
+    from m2rnn.runs.machine import default_device
 
     def write(text: str) -> None:
         sys.stdout.write(text)

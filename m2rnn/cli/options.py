@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from m2rnn.training.track_settings import SettingsError
+from m2rnn.runs.errors import SettingsError
 
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda if there is one.")]
 Dtype = Annotated[

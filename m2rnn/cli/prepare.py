@@ -56,7 +56,7 @@ def prepare(
     from m2rnn.data.prepare import Settings, table
     from m2rnn.data.prepare import prepare as prepare_text
     from m2rnn.data.sources import DataError, Reading
-    from m2rnn.training.display import Display
+    from m2rnn.runs.display import Display
 
     again = f"{same_command(overwrite)} goes on in {out}"
     with user_errors(DataError, interrupted=f"interrupted; {again}", once_mended=f". Once that is mended, {again}"):

@@ -7,7 +7,8 @@ import typer
 
 from m2rnn.cli.errors import fail, user_errors
 from m2rnn.cli.options import Device, OverwriteRun, RunFolder, numbers, same_command
-from m2rnn.training.track_settings import SettingsError, TrackSettings
+from m2rnn.runs.errors import SettingsError
+from m2rnn.tasks.settings import TrackSettings
 
 DEFAULT = TrackSettings()
 
@@ -82,13 +83,13 @@ def track(
 
     Example: m2rnn track --compare m2rnn,gru,attention --seeds 0,1,2 --jobs 2 --group S3 --out runs/s3
     """
-    from m2rnn.evaluation.machine import default_device
-    from m2rnn.evaluation.track import track as track_one
-    from m2rnn.evaluation.track_compare import compare as compare_runs
-    from m2rnn.evaluation.track_report import comparison_table, table
+    from m2rnn.runs.display import Display
+    from m2rnn.runs.machine import default_device
+    from m2rnn.tasks.compare import compare as compare_runs
+    from m2rnn.tasks.report import comparison_table, table
+    from m2rnn.tasks.run import track as track_one
+    from m2rnn.tasks.training import DivergedError
     from m2rnn.training.checkpoint import CheckpointError
-    from m2rnn.training.display import Display
-    from m2rnn.training.track import DivergedError
 
     failures = (CheckpointError, DivergedError)
     again = same_command(overwrite)
@@ -139,7 +140,7 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
     """``["hidden_size=32"]`` as ``{"hidden_size": 32}``; values are YAML."""
     import yaml
 
-    from m2rnn.training.yaml_values import read_yaml
+    from m2rnn.runs.yaml_values import read_yaml
 
     overrides = {}
     for pair in pairs:

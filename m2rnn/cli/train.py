@@ -11,8 +11,8 @@ import typer
 
 from m2rnn.cli.errors import fail, memory_that_lacked
 from m2rnn.cli.options import OverwriteRun, same_command
-from m2rnn.data.run_folder import RunFolderError
-from m2rnn.training.track_settings import SettingsError
+from m2rnn.runs.errors import SettingsError
+from m2rnn.runs.folder import RunFolderError
 from m2rnn.training.train_settings import described, load_settings
 
 
@@ -91,8 +91,8 @@ def train(
         from m2rnn.training import train as training
     except ImportError as error:
         end(f"{error}: training needs pip install 'm2rnn[train]'", exit_code=1)
+    from m2rnn.runs.display import Display
     from m2rnn.training.checkpoint import CheckpointError
-    from m2rnn.training.display import Display
     from m2rnn.training.monitor import NonFiniteError
     from m2rnn.training.train_report import table
 

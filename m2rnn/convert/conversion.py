@@ -14,9 +14,9 @@ from huggingface_hub.errors import StrictDataclassError
 from m2rnn.convert.checkpoint import CONFIG, DTYPES, Checkpoint, write_json, write_tensors
 from m2rnn.convert.lm_engine import MODEL_TYPE, OUR_FIELDS, ConversionError, config_to_ours, config_to_theirs
 from m2rnn.convert.lm_engine_tensors import LAYOUTS, Layout, TensorRule, layouts, tensor_rules
-from m2rnn.data.run_folder import PARTIAL, whole_folder
 from m2rnn.models import M2RNNConfig, M2RNNForCausalLM
-from m2rnn.training.display import Display
+from m2rnn.runs.display import Display
+from m2rnn.runs.folder import PARTIAL, whole_folder
 
 FORMATS = ("m2rnn", "lm-engine")
 #: Where each format's config.json keeps the other's, so that the way back gives the same file.

@@ -12,10 +12,10 @@ from torch import Tensor
 from m2rnn.convert.checkpoint import CONFIG, Checkpoint, write_json, write_tensors
 from m2rnn.convert.lm_engine import MODEL_TYPE, ConversionError
 from m2rnn.convert.swapping import RECORD
-from m2rnn.data.run_folder import whole_folder
 from m2rnn.layers.state_weight import bound_, head_bounds
 from m2rnn.models import M2RNNConfig
-from m2rnn.training.display import Display
+from m2rnn.runs.display import Display
+from m2rnn.runs.folder import whole_folder
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from m2rnn.layers import M2RNN, Packing
-from m2rnn.training.display import Display
+from m2rnn.runs.display import Display
 
 LEARNING_RATE = 3e-3
 RIDGE = 1e-3  # of the features' mean square

@@ -19,7 +19,7 @@ from m2rnn.convert.families import (
 from m2rnn.convert.fitting import fit
 from m2rnn.convert.takeover import options_like, take_over
 from m2rnn.layers import M2RNN
-from m2rnn.training.display import Display
+from m2rnn.runs.display import Display
 
 RECORD = "m2rnn_swap"  # in config.json: the options of each swapped layer, by its number
 #: Arguments of ``from_pretrained`` that say where a model lies, and so where its config.json does

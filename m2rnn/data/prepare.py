@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import m2rnn
 from m2rnn.data.encode import Block, EncodedBlock, Encoding, encode_all, is_valid, share_of
-from m2rnn.data.run_folder import run_folder, to_json, whole_folder, write_whole_file
 from m2rnn.data.sources import DataError, Files, HubDataset, Reading, Rejected, documents, find_source, pieces
 from m2rnn.data.token_files import (
     FORMAT,
@@ -40,6 +39,7 @@ from m2rnn.data.tokenizers import (
     train_bpe,
     vocab_size_of,
 )
+from m2rnn.runs.folder import run_folder, to_json, whole_folder, write_whole_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m2rnn.data.encode import EncodedBlock
-from m2rnn.data.run_folder import PARTIAL, force_to_disk, read_json, to_json, write_whole_file
 from m2rnn.data.sources import DataError
 from m2rnn.data.token_files import ENDS, documents_name, tokens_name
+from m2rnn.runs.folder import PARTIAL, force_to_disk, read_json, to_json, write_whole_file
 
 PROGRESS = "progress.json"
 REPORTED = 100  # rejected documents that are named, not only counted

@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import GenerationConfig, set_seed
 from transformers.generation.streamers import BaseStreamer
 
-from m2rnn.data.run_folder import PARTIAL, force_to_disk
 from m2rnn.data.streams import why_not_utf8
 from m2rnn.evaluation.language_model import LanguageModel
 from m2rnn.models.cache import CACHE_NAME
 from m2rnn.models.model import M2RNNForCausalLM
+from m2rnn.runs.folder import PARTIAL, force_to_disk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from m2rnn.data.run_folder import RESULTS, run_folder, to_json, write_whole_file
 from m2rnn.data.tokenizers import vocab_size_of
 from m2rnn.evaluation.language_model import (
     LanguageModel,
@@ -27,8 +26,9 @@ from m2rnn.evaluation.language_model import (
     load_model_tokenizer,
     short_names,
 )
-from m2rnn.evaluation.machine import check_device, hardware, versions
-from m2rnn.training.display import Display
+from m2rnn.runs.display import Display
+from m2rnn.runs.folder import RESULTS, run_folder, to_json, write_whole_file
+from m2rnn.runs.machine import check_device, hardware, versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import m2rnn.models  # noqa: F401 (registers M2RNN with the Auto classes)
 from m2rnn.data.tokenizers import load_tokenizer
-from m2rnn.evaluation.machine import check_device
 from m2rnn.models.cache import CACHE_NAME
 from m2rnn.models.loss import IGNORED, chunked_token_losses
-from m2rnn.training.display import no_progress_bars
+from m2rnn.runs.display import no_progress_bars
+from m2rnn.runs.machine import check_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

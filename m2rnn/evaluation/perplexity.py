@@ -17,7 +17,6 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from m2rnn.data.run_folder import RESULTS, run_folder, to_json, write_whole_file
 from m2rnn.data.sources import Files, Reading, find_source
 from m2rnn.data.token_files import TokenDataset, read_manifest
 from m2rnn.evaluation import text as texts
@@ -32,13 +31,14 @@ from m2rnn.evaluation.language_model import (
     short_names,
 )
 from m2rnn.evaluation.losses import PENDING, fill_in, losses_by_window
-from m2rnn.evaluation.machine import check_device, hardware, versions
 from m2rnn.evaluation.perplexity_report import PLOTS, write_plots
 from m2rnn.evaluation.recall import attention_off, copying, is_hybrid, repeated, split_losses, text_ids
 from m2rnn.evaluation.spectra import recurrent_layers, spectra, summary_of_states
 from m2rnn.evaluation.text import Text
 from m2rnn.evaluation.windows import Windows
-from m2rnn.training.display import Display
+from m2rnn.runs.display import Display
+from m2rnn.runs.folder import RESULTS, run_folder, to_json, write_whole_file
+from m2rnn.runs.machine import check_device, hardware, versions
 
 LOSSES, STATES = "losses", "states"
 POSITION_BUCKETS = 8  # of one training length

@@ -4,7 +4,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from m2rnn.evaluation.plot import STYLES, save_figure
+from m2rnn.runs.plot import STYLES, save_figure
 
 BY_CONTEXT, BY_POSITION = "perplexity-by-context.png", "loss-by-position.png"
 STATES_BY_POSITION = "states-by-position.png"

@@ -1,5 +1,5 @@
-"""Synthetic problems with exact answers: a generator and a scorer each, in numpy, which know no model."""
+"""Synthetic problems with exact answers, and how models are trained and tested on them."""
 
-from m2rnn.tasks.word_problem import Batch, Group, Score, Split, WordProblem
+from m2rnn.tasks.problems import Batch, Group, Score, Split, WordProblem
 
 __all__ = ["Batch", "Group", "Score", "Split", "WordProblem"]

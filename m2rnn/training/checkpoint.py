@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from m2rnn.data.run_folder import CHECKPOINTS, PARTIAL, to_json, whole_folder
+from m2rnn.runs.folder import CHECKPOINTS, PARTIAL, to_json, whole_folder
 
 Value = TypeVar("Value")
 

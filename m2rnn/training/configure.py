@@ -7,7 +7,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from m2rnn.models import M2RNNConfig, M2RNNForCausalLM
-from m2rnn.training.track_settings import SettingsError
+from m2rnn.runs.errors import SettingsError
 
 
 def configure(

@@ -22,11 +22,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from m2rnn.data.batches import PackedBatches
-from m2rnn.data.run_folder import to_json, write_whole_file
 from m2rnn.layers.state_weight import bound_state_weights
 from m2rnn.models import M2RNNConfig
-from m2rnn.training.display import Display
-from m2rnn.training.run_log import Log
+from m2rnn.runs.display import Display
+from m2rnn.runs.folder import to_json, write_whole_file
+from m2rnn.runs.log import Log
 from m2rnn.training.throughput import Throughput
 from m2rnn.training.train_settings import TrainSettings
 from m2rnn.training.trainer import CheckpointingTrainer

@@ -33,7 +33,13 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback, get_reporting_integration_callbacks
 
 from m2rnn.data.batches import PackedBatches, only_batch, pack
-from m2rnn.data.run_folder import (
+from m2rnn.data.token_files import TokenDataset
+from m2rnn.data.tokenizers import save_tokenizer
+from m2rnn.models import M2RNNConfig, M2RNNForCausalLM, presets
+from m2rnn.models.sizes import size_of
+from m2rnn.runs.display import Display, no_progress_bars
+from m2rnn.runs.errors import SettingsError
+from m2rnn.runs.folder import (
     CHECKPOINTS,
     LOG,
     MODEL,
@@ -45,10 +51,8 @@ from m2rnn.data.run_folder import (
     whole_folder,
     write_whole_file,
 )
-from m2rnn.data.token_files import TokenDataset
-from m2rnn.data.tokenizers import save_tokenizer
-from m2rnn.models import M2RNNConfig, M2RNNForCausalLM, presets
-from m2rnn.models.sizes import size_of
+from m2rnn.runs.interrupts import interrupts_noted
+from m2rnn.runs.log import Log
 from m2rnn.training.checkpoint import (
     CheckpointError,
     load_state,
@@ -57,13 +61,10 @@ from m2rnn.training.checkpoint import (
     weights_on_first_process,
 )
 from m2rnn.training.configure import configure
-from m2rnn.training.display import Display, no_progress_bars
-from m2rnn.training.interrupts import interrupts_noted
 from m2rnn.training.monitor import NON_FINITE, Monitor
-from m2rnn.training.run_log import Log
 from m2rnn.training.throughput import Throughput, peak_flops
 from m2rnn.training.train_report import PLOT, machine, plan, write_plot
-from m2rnn.training.train_settings import SettingsError, TrainSettings
+from m2rnn.training.train_settings import TrainSettings
 from m2rnn.training.trainer import CheckpointingTrainer
 
 TENSORBOARD = "tensorboard"

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 import transformers
 from torch.overrides import TorchFunctionMode
 
-from m2rnn.data.run_folder import LOG, write_whole_file
 from m2rnn.data.token_files import TokenDataset
 from m2rnn.models import M2RNNConfig, M2RNNForCausalLM
 from m2rnn.models.sizes import size_of
+from m2rnn.runs.folder import LOG, write_whole_file
 from m2rnn.training.monitor import duration
 from m2rnn.training.train_settings import TrainSettings
 

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from m2rnn.data.streams import why_not_utf8
-from m2rnn.training.track_settings import SettingsError
-from m2rnn.training.yaml_values import read_yaml
+from m2rnn.runs.errors import SettingsError
+from m2rnn.runs.yaml_values import read_yaml
 
 __all__ = ["FREE", "SettingsError", "TrainSettings", "described", "load_settings"]
 

@@ -18,7 +18,7 @@ from campaign_plan import Plan, PlanError
 
 from m2rnn.data.prepare import Settings, prepare
 from m2rnn.models.sizes import size_of
-from m2rnn.training.display import Display
+from m2rnn.runs.display import Display
 from tests.benchmarks.small_plan import MODELS, SHAPES
 
 ROOT = Path(__file__).parents[2]

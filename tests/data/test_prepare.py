@@ -23,10 +23,10 @@ from m2rnn import cli
 from m2rnn.data import prepare as preparing
 from m2rnn.data import sources
 from m2rnn.data.prepare import Settings, prepare
-from m2rnn.data.run_folder import RunFolderError
 from m2rnn.data.sources import DataError, Reading
 from m2rnn.data.token_files import TokenDataset
 from m2rnn.data.tokenizers import train_bpe
+from m2rnn.runs.folder import RunFolderError
 from tests.data.text import TEXTS, prepared, texts, texts_of, write_json_lines, write_parquet
 
 ROOT = Path(__file__).parents[2]

@@ -22,7 +22,6 @@ from typer.testing import CliRunner
 
 from m2rnn import cli
 from m2rnn.data.batches import PackedBatches
-from m2rnn.data.run_folder import RunFolderError
 from m2rnn.data.sources import DataError, Reading
 from m2rnn.data.token_files import FORMAT, TokenDataset
 from m2rnn.evaluation import losses as scoring
@@ -34,6 +33,7 @@ from m2rnn.evaluation.recall import copying
 from m2rnn.evaluation.spectra import rms_of_states, spectra
 from m2rnn.evaluation.text import bytes_of_tokens, choose_split, from_files, from_token_folder
 from m2rnn.models.cache import CACHE_NAME
+from m2rnn.runs.folder import RunFolderError
 from tests.data.text import prepared
 from tests.evaluation.models import TEXTS, byte_documents, naive_loss, save, tokenizer_of, write_texts
 from tests.models.small import CONFIGS, make

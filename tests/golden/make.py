@@ -31,6 +31,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from m2rnn.training.run_log import Log
 from safetensors.torch import save_file
 from shared import (
     DATA,
@@ -52,7 +53,6 @@ from transformers import PreTrainedModel
 
 import m2rnn
 from m2rnn import M2RNNConfig, M2RNNForCausalLM
-from m2rnn.training.run_log import Log
 from tests.convert.hybrids import make as make_hybrid
 
 COMMIT = "94d239c36ee864aa6829bba24cb917a52e7fe5f6"

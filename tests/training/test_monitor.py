@@ -14,7 +14,7 @@ from torch.nn.utils import get_total_norm
 from m2rnn.data.batches import PackedBatches
 from m2rnn.data.token_files import TokenDataset
 from m2rnn.models import M2RNNForCausalLM
-from m2rnn.training.display import Display
+from m2rnn.runs.display import Display
 from m2rnn.training.monitor import Monitor, NonFiniteError, Step, kind_of
 from m2rnn.training.throughput import Throughput
 from m2rnn.training.train import build_config, build_model, train

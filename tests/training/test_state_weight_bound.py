@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from m2rnn.layers.state_weight import bound_state_weights
 from m2rnn.models.model import M2RNNBlock
+from m2rnn.runs.errors import SettingsError
 from m2rnn.training.monitor import Monitor
 from m2rnn.training.train import Stopped, train
-from m2rnn.training.train_settings import SettingsError, TrainSettings
+from m2rnn.training.train_settings import TrainSettings
 from tests.training.test_train import assert_same_loss, stop_after, train_in_two_processes
 from tests.training.train_runs import assert_same_run, log_of, settings_of
 

@@ -21,10 +21,10 @@ from typer.testing import CliRunner
 
 from m2rnn.cli import app
 from m2rnn.data.batches import PackedBatches, pack
-from m2rnn.data.run_folder import RunFolderError, run_folder
 from m2rnn.data.token_files import TokenDataset
 from m2rnn.layers import M2RNN
 from m2rnn.models.model import M2RNNBlock
+from m2rnn.runs.folder import RunFolderError, run_folder
 from m2rnn.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from m2rnn.training.monitor import Monitor
 from m2rnn.training.train import Stopped, build_config, build_model, is_bfloat16, train, training_arguments

@@ -7,10 +7,11 @@ import torch
 
 from m2rnn.data.token_files import TokenDataset
 from m2rnn.models import M2RNNForCausalLM
+from m2rnn.runs.errors import SettingsError
 from m2rnn.training.throughput import Throughput, peak_of
 from m2rnn.training.train import build_config, dry_run, train
 from m2rnn.training.train_report import memory_per_process
-from m2rnn.training.train_settings import SettingsError, load_settings
+from m2rnn.training.train_settings import load_settings
 from tests.training.train_runs import settings_of
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))

@@ -13,7 +13,7 @@ import tensorboard  # noqa: F401 (before the fork: it takes seconds)
 
 from m2rnn.training.train import train
 from m2rnn.training.train_settings import load_settings
-from tests.training.run_and_kill import until_done
+from tests.tasks.run_and_kill import until_done
 
 SETTINGS = (
     "preset=tiny-hybrid-m2rnn",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from m2rnn.tasks import Group, Score, WordProblem
-from m2rnn.tasks.word_problem import check_group_axioms, in_split
+from m2rnn.tasks.problems.word_problem import check_group_axioms, in_split
 
 ORDERS = {
     "S3": 6, "S4": 24, "S5": 120, "A3": 3, "A4": 12, "A5": 60, "Z2": 2, "Z5": 5, "Z60": 60, "parity": 2,

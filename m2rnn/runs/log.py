@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from m2rnn.data.run_folder import RunFolderError
+from m2rnn.runs.folder import RunFolderError
 
 
 class Log(AbstractContextManager["Log"]):

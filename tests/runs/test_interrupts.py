@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from m2rnn.training import interrupts
-from m2rnn.training.interrupts import SAME_REQUEST, interrupts_noted
+from m2rnn.runs import interrupts
+from m2rnn.runs.interrupts import SAME_REQUEST, interrupts_noted
 
 
 def test_one_request_that_comes_twice_is_noted_and_a_later_one_ends_the_process(monkeypatch):
@@ -32,7 +32,7 @@ def test_one_request_that_comes_twice_is_noted_and_a_later_one_ends_the_process(
 def test_a_later_sigterm_ends_the_process():
     program = """if True:
         import signal, time
-        from m2rnn.training.interrupts import interrupts_noted
+        from m2rnn.runs.interrupts import interrupts_noted
         with interrupts_noted((signal.SIGTERM,)) as interrupted:
             print("ready", flush=True)
             while not interrupted():

@@ -6,9 +6,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from m2rnn.evaluation.bench_contenders import BACKENDS, PASSES
-from m2rnn.evaluation.plot import STYLES, save_figure
-from m2rnn.training.track_settings import SettingsError
+from m2rnn.bench.contenders import BACKENDS, PASSES
+from m2rnn.runs.errors import SettingsError
+from m2rnn.runs.plot import STYLES, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
-from m2rnn.data.run_folder import (
+from m2rnn.models import M2RNNForCausalLM
+from m2rnn.runs.display import Display, no_progress_bars
+from m2rnn.runs.errors import SettingsError
+from m2rnn.runs.folder import (
     MODEL,
     PLOT,
     RESULTS,
@@ -19,13 +22,11 @@ from m2rnn.data.run_folder import (
     whole_folder,
     write_whole_file,
 )
-from m2rnn.evaluation.machine import check_device, hardware, versions
-from m2rnn.evaluation.track_report import write_plot
-from m2rnn.models import M2RNNForCausalLM
-from m2rnn.tasks.word_problem import Score
-from m2rnn.training.display import Display, no_progress_bars
-from m2rnn.training.track import TrainingResult, build_config, train
-from m2rnn.training.track_settings import SettingsError, TrackSettings
+from m2rnn.runs.machine import check_device, hardware, versions
+from m2rnn.tasks.problems.word_problem import Score
+from m2rnn.tasks.report import write_plot
+from m2rnn.tasks.settings import TrackSettings
+from m2rnn.tasks.training import TrainingResult, build_config, train
 
 TOKENS_PER_BATCH = 2**17
 ATTENTION_SCORES_PER_BATCH = 2**26  # per head, where the scores of a whole batch are held in memory

@@ -11,11 +11,12 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM
 
-from m2rnn.evaluation import track as tracking
-from m2rnn.evaluation.track_compare import compare
-from m2rnn.evaluation.track_report import draw
 from m2rnn.models import M2RNNForCausalLM
-from m2rnn.training.track_settings import SettingsError, TrackSettings
+from m2rnn.runs.errors import SettingsError
+from m2rnn.tasks import run as tracking
+from m2rnn.tasks.compare import compare
+from m2rnn.tasks.report import draw
+from m2rnn.tasks.settings import TrackSettings
 
 TINY = {"hidden_size": 8, "mixer_options": {"m2rnn": {"value_dim": 4}}}
 QUICK = TrackSettings(model=TINY, train_length=4, steps=2, batch_size=2, test_lengths=(4, 8), test_sequences=6)

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from m2rnn.evaluation.track import track
-from m2rnn.training.track_settings import TrackSettings
+from m2rnn.tasks.run import track
+from m2rnn.tasks.settings import TrackSettings
 
 FILE_OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 SETTINGS = TrackSettings(

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 import m2rnn.ops
-from m2rnn.data.run_folder import run_folder, to_json, write_whole_file
-from m2rnn.evaluation.bench_contenders import BACKENDS, CONTENDERS, PASSES, Shape, contenders_on, scan_inputs
-from m2rnn.evaluation.bench_floor import GPU, Peaks, cpu_peaks, current_gpu, floor, step_counts
-from m2rnn.evaluation.bench_measure import (
+from m2rnn.bench.contenders import BACKENDS, CONTENDERS, PASSES, Shape, contenders_on, scan_inputs
+from m2rnn.bench.floor import GPU, Peaks, cpu_peaks, current_gpu, floor, step_counts
+from m2rnn.bench.measure import (
     Call,
     Effort,
     Stopwatch,
@@ -31,12 +30,13 @@ from m2rnn.evaluation.bench_measure import (
     memory_in_child,
     warm_up,
 )
-from m2rnn.evaluation.bench_report import COLUMNS, CSV, JSON, PLOT, STEPS, Row, Rows, empty_row, read_csv, write_plot
-from m2rnn.evaluation.csv_table import write_csv
-from m2rnn.evaluation.machine import hardware, versions
+from m2rnn.bench.report import COLUMNS, CSV, JSON, PLOT, STEPS, Row, Rows, empty_row, read_csv, write_plot
 from m2rnn.ops import m2rnn_step
-from m2rnn.training.display import Display
-from m2rnn.training.track_settings import SettingsError
+from m2rnn.runs.csv_table import write_csv
+from m2rnn.runs.display import Display
+from m2rnn.runs.errors import SettingsError
+from m2rnn.runs.folder import run_folder, to_json, write_whole_file
+from m2rnn.runs.machine import hardware, versions
 
 GPU_SHAPES = ("B8T4096N84", "B4T4096N132", "B2T16384N84", "B1T32768N84", "B4T4096N66V32", "B4T4096N33V64")
 CPU_SHAPES = ("B8T512N8K16V16", "B128T128N4K8V32")

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from m2rnn.data.run_folder import LOG
 from m2rnn.layers.state_weight import bound_state_weights
 from m2rnn.models import M2RNNConfig, M2RNNForCausalLM, presets
-from m2rnn.tasks.word_problem import Batch
+from m2rnn.runs.display import Display
+from m2rnn.runs.folder import LOG
+from m2rnn.runs.interrupts import interrupts_noted
+from m2rnn.runs.log import Log
+from m2rnn.tasks.curriculum import Curriculum, Progress
+from m2rnn.tasks.problems.word_problem import Batch
+from m2rnn.tasks.settings import TrackSettings
 from m2rnn.training.checkpoint import load_checkpoint, save_checkpoint
 from m2rnn.training.configure import configure
-from m2rnn.training.curriculum import Curriculum, Progress
-from m2rnn.training.display import Display
-from m2rnn.training.interrupts import interrupts_noted
-from m2rnn.training.run_log import Log
-from m2rnn.training.track_settings import TrackSettings
 
 ADAM_BETAS = (0.9, 0.98)
 MAX_GRADIENT_NORM = 1.0

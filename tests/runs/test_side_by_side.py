@@ -7,9 +7,9 @@ from multiprocessing import Pipe
 import pytest
 import torch
 
-from m2rnn.training.display import Display
-from m2rnn.training.side_by_side import Failure, Relay, side_by_side
-from tests.training import side_by_side_runs as runs
+from m2rnn.runs.display import Display
+from m2rnn.runs.side_by_side import Failure, Relay, side_by_side
+from tests.runs import side_by_side_runs as runs
 
 
 @pytest.fixture

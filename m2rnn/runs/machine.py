@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from m2rnn.training.track_settings import SettingsError
+from m2rnn.runs.errors import SettingsError
 
 
 def default_device() -> str:

@@ -5,11 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from m2rnn.tasks.word_problem import Group, Inputs, WordProblem
-
-
-class SettingsError(ValueError):
-    """A setting that cannot work: the message names its value, what was expected and what to do."""
+from m2rnn.runs.errors import SettingsError
+from m2rnn.tasks.problems.word_problem import Group, Inputs, WordProblem
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from m2rnn.evaluation.bench_contenders import CONTENDERS, PASSES, Shape
+from m2rnn.bench.contenders import CONTENDERS, PASSES, Shape
 
 SLEEP_CYCLES = 3_000_000  # 1.5 ms: what the launches of a backward pass under autograd take a slow host
 CACHE_BYTES = 256 << 20  # more than any GPU's cache

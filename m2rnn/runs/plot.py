@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m2rnn.data.run_folder import PARTIAL, force_to_disk
+from m2rnn.runs.folder import PARTIAL, force_to_disk
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

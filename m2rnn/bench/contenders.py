@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m2rnn.evaluation.bench_floor import Counts, attention_counts, scan_counts
+from m2rnn.bench.floor import Counts, attention_counts, scan_counts
 from m2rnn.ops import m2rnn_scan
 from m2rnn.ops.linear_scan import fla
 from m2rnn.ops.scan import reference
-from m2rnn.training.track_settings import SettingsError
+from m2rnn.runs.errors import SettingsError
 
 STATE_CLIP = 1.0  # as in the paper's models
 GRADIENT = 1e-5  # of y: as small as that of a mean over the tokens of a step, so that the clip leaves it as it is

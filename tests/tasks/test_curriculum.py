@@ -2,7 +2,7 @@
 
 import pytest
 
-from m2rnn.training.curriculum import PEAK_RATE_LENGTH, SOLVED_STEPS, WARMUP_STEPS, Curriculum, Progress
+from m2rnn.tasks.curriculum import PEAK_RATE_LENGTH, SOLVED_STEPS, WARMUP_STEPS, Curriculum, Progress
 
 
 def run(curriculum: Curriculum, loss_at) -> list[Progress]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from m2rnn.data.run_folder import RunFolderError, run_folder, whole_folder, write_whole_file
+from m2rnn.runs.folder import RunFolderError, run_folder, whole_folder, write_whole_file
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"group": "S3", "seed": 0, "test_lengths": [8, 16]}
@@ -17,7 +17,7 @@ SETTINGS = {"group": "S3", "seed": 0, "test_lengths": [8, 16]}
 HOLD = """
 import sys, time
 from pathlib import Path
-from m2rnn.data.run_folder import run_folder
+from m2rnn.runs.folder import run_folder
 with run_folder(Path(sys.argv[1]), {"group": "S3", "seed": 0, "test_lengths": [8, 16]}):
     print("held", flush=True)
     time.sleep(60)

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from m2rnn.data.run_folder import PLOT, RESULTS, run_folder, to_json, write_whole_file
-from m2rnn.evaluation.track import Results, check_can_run, track
-from m2rnn.evaluation.track_report import by_mixer, spread, training_line, write_plot
-from m2rnn.training.display import Display
-from m2rnn.training.side_by_side import Failure, side_by_side
-from m2rnn.training.track_settings import SettingsError, TrackSettings
+from m2rnn.runs.display import Display
+from m2rnn.runs.errors import SettingsError
+from m2rnn.runs.folder import PLOT, RESULTS, run_folder, to_json, write_whole_file
+from m2rnn.runs.side_by_side import Failure, side_by_side
+from m2rnn.tasks.report import by_mixer, spread, training_line, write_plot
+from m2rnn.tasks.run import Results, check_can_run, track
+from m2rnn.tasks.settings import TrackSettings
 
 
 def compare(

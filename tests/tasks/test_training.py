@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch.nn.utils import get_total_norm
 
-from m2rnn.data.run_folder import RunFolderError, run_folder
-from m2rnn.training import track
-from m2rnn.training.curriculum import Curriculum, Progress
-from m2rnn.training.track import DivergedError, build_config, build_model, draw_noise, train, train_step
-from m2rnn.training.track_settings import SettingsError, TrackSettings
+from m2rnn.runs.errors import SettingsError
+from m2rnn.runs.folder import RunFolderError, run_folder
+from m2rnn.tasks import training as track
+from m2rnn.tasks.curriculum import Curriculum, Progress
+from m2rnn.tasks.settings import TrackSettings
+from m2rnn.tasks.training import DivergedError, build_config, build_model, draw_noise, train, train_step
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -138,7 +139,7 @@ def test_a_log_shorter_than_the_checkpoint_is_refused(tmp_path):
 
 def test_a_diverged_run_is_named_before_the_weights_change(tmp_path, monkeypatch):
     settings = TrackSettings(model=TINY, steps=2, batch_size=2, train_length=4)
-    monkeypatch.setattr("m2rnn.training.track.cross_entropy", lambda logits, targets: logits.sum() * float("inf"))
+    monkeypatch.setattr("m2rnn.tasks.training.cross_entropy", lambda logits, targets: logits.sum() * float("inf"))
     with pytest.raises(DivergedError, match=r"step 1: the loss is -?(inf|nan) .*nan\. Try a smaller learning rate"):
         train(settings, tmp_path)
     assert not (tmp_path / "checkpoints").exists()
@@ -160,7 +161,7 @@ def test_the_log_tells_every_step_and_no_time(tmp_path):
 
 
 def test_the_optimizer_takes_the_rate_of_the_log_and_gradients_that_are_clipped(tmp_path, monkeypatch):
-    monkeypatch.setattr("m2rnn.training.track.MAX_GRADIENT_NORM", 0.01)
+    monkeypatch.setattr("m2rnn.tasks.training.MAX_GRADIENT_NORM", 0.01)
     take, rates = torch.optim.AdamW.step, []
 
     def step(self):

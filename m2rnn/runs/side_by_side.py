@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from m2rnn.training.display import Display
+from m2rnn.runs.display import Display
 
 Run = Callable[..., Any]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from m2rnn.training.display import Display
+from m2rnn.runs.display import Display
 
 
 def threads(display: Display) -> int:

@@ -10,12 +10,12 @@ import pytest
 from matplotlib.image import imread
 
 from benchmarks.state_tracking_results import runs_in
-from m2rnn.data.run_folder import RunFolderError, run_folder
-from m2rnn.evaluation import track_compare
-from m2rnn.evaluation.track_compare import compare
-from m2rnn.evaluation.track_report import comparison_table
-from m2rnn.training.display import Display
-from m2rnn.training.track_settings import TrackSettings
+from m2rnn.runs.display import Display
+from m2rnn.runs.folder import RunFolderError, run_folder
+from m2rnn.tasks import compare as track_compare
+from m2rnn.tasks.compare import compare
+from m2rnn.tasks.report import comparison_table
+from m2rnn.tasks.settings import TrackSettings
 
 MIXERS, SEEDS = ["m2rnn", "gru"], [0, 3]
 SETTINGS = TrackSettings(train_length=4, steps=2, batch_size=2, test_lengths=(4, 8), test_sequences=6)

@@ -12,9 +12,9 @@ import torch
 from typer.testing import CliRunner, Result
 
 from m2rnn import cli, ops
-from m2rnn.evaluation import bench_op
-from m2rnn.evaluation.bench_contenders import CONTENDERS, Shape, attention_heads
-from m2rnn.evaluation.bench_floor import (
+from m2rnn.bench import operator as bench_op
+from m2rnn.bench.contenders import CONTENDERS, Shape, attention_heads
+from m2rnn.bench.floor import (
     GPU,
     Counts,
     Peaks,
@@ -24,10 +24,10 @@ from m2rnn.evaluation.bench_floor import (
     scan_counts,
     step_counts,
 )
-from m2rnn.evaluation.bench_measure import Effort, Stopwatch, Timing, in_turns, memory_in_child
-from m2rnn.evaluation.bench_report import COLUMNS, SETUP, _draw, empty_row, number, read_csv, table, write_plot
+from m2rnn.bench.measure import Effort, Stopwatch, Timing, in_turns, memory_in_child
+from m2rnn.bench.report import COLUMNS, SETUP, _draw, empty_row, number, read_csv, table, write_plot
 from m2rnn.ops.linear_scan import fla
-from m2rnn.training.display import Display
+from m2rnn.runs.display import Display
 
 SHAPE = "B2T6N2K4V8"
 CONTENDERS_HERE = ("cpu", "reference", "sdpa")

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from m2rnn.evaluation.plot import STYLES, save_figure
+from m2rnn.runs.plot import STYLES, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

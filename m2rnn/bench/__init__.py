@@ -1,0 +1,1 @@
+"""The operator measured: times beside what bounds them."""
