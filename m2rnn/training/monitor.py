@@ -8,14 +8,14 @@ display, and whether to save or to stop.
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -29,7 +29,6 @@ from m2rnn.runs.folder import to_json, write_whole_file
 from m2rnn.runs.log import Log
 from m2rnn.training.throughput import Throughput
 from m2rnn.training.train_settings import TrainSettings
-from m2rnn.training.trainer import CheckpointingTrainer
 
 NON_FINITE = "non-finite.json"
 REMEMBERED = 64  # steps whose losses say what is usual
@@ -58,12 +57,15 @@ class Step:
 class Monitor(TrainerCallback):
     """Watches a training; the same in all processes, but only the first has ``log`` and a display that shows.
 
+    It knows the trainer by what transformers hands to a callback, and by the losses that the trainer notes.
+
     Args:
         settings: of the run.
         folder: of the run.
         config: of the model.
         batches: the data, whose batches are named if something is wrong with them.
         accumulation: micro-batches of a step and process.
+        losses: where the trainer notes those of a step's micro-batches; emptied when a step begins.
         throughput: to count the steps' time.
         display: shows each step.
         log: takes a line for each step; None in other processes.
@@ -79,6 +81,7 @@ class Monitor(TrainerCallback):
         config: M2RNNConfig,
         batches: PackedBatches,
         accumulation: int,
+        losses: list[Tensor],
         throughput: Throughput,
         display: Display,
         log: Log | None,
@@ -87,7 +90,7 @@ class Monitor(TrainerCallback):
         state: Mapping[str, Any] | None,
     ) -> None:
         self.settings, self.folder, self.config, self.batches = settings, folder, config, batches
-        self.accumulation, self.throughput = accumulation, throughput
+        self.accumulation, self.losses, self.throughput = accumulation, losses, throughput
         self.display, self.log, self.interrupted = display, log, interrupted
         state = state or {"seconds": 0.0, "losses": [], "spikes": 0}
         self._earlier_seconds: float = state["seconds"]
@@ -97,7 +100,6 @@ class Monitor(TrainerCallback):
         self._losses_of_entry: list[float] = []
         self.spikes: int = state["spikes"]
         self.step: Step | None = None
-        self.trainer: CheckpointingTrainer | None = None
 
     @property
     def seconds(self) -> float:
@@ -140,22 +142,20 @@ class Monitor(TrainerCallback):
     ) -> None:
         source = np.random.SeedSequence([self.settings.seed, state.global_step, args.process_index])
         torch.manual_seed(int(source.generate_state(1)[0]))
-        assert self.trainer is not None
-        self.trainer.losses.clear()
+        self.losses.clear()
 
     @torch.no_grad()
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model: nn.Module = kwargs["model"]
-        assert self.trainer is not None
-        micro_losses = torch.stack(self.trainer.losses)
+        micro_losses = torch.stack(self.losses)
         by_kind = gradients_by_kind(model, self.config)
         norms = torch.stack([total_norm(gradients) for gradients in by_kind.values()])
         # A signal may reach one process alone: all must stop, and give the same reason.
         wishes = micro_losses.new_tensor([self.interrupted(), time.monotonic() > self._deadline])
         mine = torch.cat([micro_losses.sum()[None], wishes])
-        together: Tensor = self.trainer.accelerator.reduce(mine, "sum")
+        together: Tensor = reduce(mine, "sum")
         loss, interrupted, late = together.tolist()
         numbers = dict(zip(by_kind, norms.tolist(), strict=True))
         self.step = Step(loss / args.world_size, numbers, stop=interrupted + late > 0, interrupted=interrupted > 0)
@@ -194,7 +194,7 @@ class Monitor(TrainerCallback):
         if self.log is not None:
             notes: dict[str, Any] = {}
             if spike:
-                notes["spike"] = self._rows(number - 1, range(self.accumulation * args.world_size))
+                notes["spike"] = self._rows(number - 1, range(self.accumulation * args.world_size), args.world_size)
             if skipped:
                 notes["skipped"] = True
             self.log.write(
@@ -230,7 +230,7 @@ class Monitor(TrainerCallback):
         # Batch b of a step goes to process b mod world.
         bad_here = [i * world + process for i in (~micro_losses.isfinite()).nonzero().flatten().tolist()]
         bad: list[int] = sorted(gather_object(bad_here))
-        rows = self._rows(number - 1, bad or range(self.accumulation * world))
+        rows = self._rows(number - 1, bad or range(self.accumulation * world), world)
         if bad:
             what = f"the loss of {len(bad)} of the {self.accumulation * world} micro-batches is no finite number"
         else:
@@ -251,10 +251,9 @@ class Monitor(TrainerCallback):
             f"skip_steps=[{', '.join(map(str, [*self.settings.skip_steps, number]))}] to the command"
         )
 
-    def _rows(self, step: int, numbers: Any) -> list[dict[str, int]]:
+    def _rows(self, step: int, numbers: Iterable[int], processes: int) -> list[dict[str, int]]:
         """The rows of some batches of a step, counted from 0."""
-        assert self.trainer is not None
-        first = step * self.accumulation * self.trainer.args.world_size
+        first = step * self.accumulation * processes
         return [row for number in numbers for row in self.batches.describe(first + number)]
 
 

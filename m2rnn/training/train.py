@@ -101,112 +101,187 @@ def train(
         NonFiniteError: for a NaN or an infinity in the loss or a gradient; the weights stay as they were.
         Stopped: after Ctrl-C, SIGTERM or ``minutes``; the same call goes on.
     """
+    with ExitStack() as stack:
+        run = stack.enter_context(_open(settings, folder, overwrite, display))
+        if run.is_finished:
+            return _earlier_results(run)
+        parts = _build(run, minutes, stack)
+        _run(run, parts)
+        return _finish(run, parts)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run whose folder is held: what it trains, on what, and from which checkpoint."""
+
+    settings: TrainSettings
+    folder: Path
+    data: TokenDataset
+    config: M2RNNConfig
+    args: TrainingArguments
+    reporters: list[TrainerCallback]
+    identity: dict[str, Any]
+    display: Display
+    checkpoint: Path | None
+    saved: dict[str, Any] | None  # the checkpoint's state
+
+    @property
+    def is_first(self) -> bool:
+        return bool(self.args.process_index == 0)
+
+    @property
+    def is_finished(self) -> bool:
+        done: int = 0 if self.saved is None else self.saved["step"]
+        return done == self.settings.steps and (self.folder / RESULTS).exists()
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a run needs to train."""
+
+    trainer: CheckpointingTrainer
+    monitor: Monitor
+    throughput: Throughput
+
+
+@contextmanager
+def _open(settings: TrainSettings, folder: Path, overwrite: bool, display: Display | None) -> Iterator[_Run]:
+    """Check the settings, hold the folder and find the checkpoint to go on from."""
     data = TokenDataset(settings.data)
     config = build_config(settings, data)
     args = training_arguments(settings, folder)
-    accumulation = settings.accumulation(args.world_size)
     reporters = _reporters(settings)
     first = args.process_index == 0
-    display = display if display is not None and first else Display()
     identity = settings.deciding() | {"tokens": tokens_hash(data)}
-    with ExitStack() as stack:
-        stack.enter_context(_held(folder, identity, overwrite, first))
+    with _held(folder, identity, overwrite, first):
         found = newest_checkpoint(folder)
         saved = None if found is None else load_state(found)
         if saved is not None and saved["settings"] != identity:
             raise CheckpointError(f"{found} belongs to a run with other settings: delete it to go on without it")
-        if saved is not None and saved["step"] == settings.steps and (folder / RESULTS).exists():
-            if first:
-                _mend_use_cache(folder / MODEL, config)
-            return read_json(folder / RESULTS, "delete it, and the same command writes it again")
-        display.say(f"building {settings.preset}" + (f", to go on from {found.name}" if found else ""))
-        # With a configuration of its own: Trainer sets its use_cache to False, which is not to be saved.
-        model = build_model(settings, copy.deepcopy(config), empty=bool(args.fsdp) and not first)
-        batches = PackedBatches(
-            data,
-            settings.context,
-            settings.micro_batch_size,
-            settings.seed,
-            batches=settings.steps * accumulation * args.world_size,
-        )
-        peak = peak_flops(args.device)
-        throughput = Throughput(
-            settings.context * settings.batch_size,
-            size_of(config, settings.context).training_flops,
-            None if peak is None else peak * args.world_size,
-        )
-        if first and TENSORBOARD in settings.report_to:
-            from torch.utils.tensorboard import SummaryWriter
+        shown = display if display is not None and first else Display()
+        yield _Run(settings, folder, data, config, args, reporters, identity, shown, found, saved)
 
-            done = saved["step"] if saved else 0  # later steps that an earlier process wrote are left out
-            reporters.append(TensorBoardCallback(SummaryWriter(folder / TENSORBOARD, purge_step=done + 1)))
-        log = stack.enter_context(Log(folder / LOG, saved["log_bytes"] if saved else 0)) if first else None
-        if first and found is None:
-            stack.enter_context(_free_unless_begun(folder, throughput))
-        interrupted = stack.enter_context(interrupts_noted((SIGINT, SIGTERM)))
-        monitor = Monitor(
-            settings,
-            folder,
-            config,
-            batches,
-            accumulation,
-            throughput,
-            display,
-            log,
-            interrupted,
-            minutes,
-            saved["monitor"] if saved else None,
-        )
-        trainer = CheckpointingTrainer(
-            folder=folder,
-            keep_checkpoints=settings.keep_checkpoints,
-            autocast=is_bfloat16(settings, args.device),
-            run_state=lambda: {"settings": identity, **monitor.state()},
-            entries=monitor.entries,
-            model=model,
-            args=args,
-            train_dataset=batches,
-            data_collator=only_batch,
-            callbacks=[monitor, *reporters],
-        )
-        monitor.trainer = trainer
-        trainer.remove_callback(PrinterCallback)
-        if args.fsdp:
-            if not trainer.is_fsdp_enabled:
-                raise SettingsError("fsdp true: accelerate shards over GPUs only, expected false on a CPU")
-            _set_fsdp_precision(trainer, settings)
-        trainer.train(resume_from_checkpoint=None if found is None else str(found))
-        step = trainer.state.global_step
-        if step < settings.steps:
-            assert monitor.step is not None
-            raise Stopped(step, monitor.step.interrupted)
-        seconds = monitor.seconds
-        on_gpu = args.device.type == "cuda"
-        memory = torch.cuda.max_memory_allocated(args.device) if on_gpu else None  # without what follows
-        display.say("measuring the loss on the validation split")
-        valid = validate(trainer, settings, data)
-        display.say("writing the model")
-        _write_model(trainer, config, data, folder)
-        speed = throughput.mean if throughput.steps else None
-        results = {
-            "settings": settings.as_json(),
-            "parameters": size_of(config, settings.context).parameters,
-            "steps": step,
-            "tokens": step * throughput.tokens,
-            "loss": sum(monitor.last_losses) / len(monitor.last_losses),
-            "loss_steps": len(monitor.last_losses),
-            "valid": valid,
-            "spikes": monitor.spikes,
-            "seconds": round(seconds, 2),
-            "tokens_per_second": speed,
-            "mfu": None if speed is None else throughput.utilisation(speed),
-            "gpu_memory_bytes": memory,
-            "machine": machine(args.device, args.world_size),
-        }
-        if first:
-            write_plot(folder)
-            write_whole_file(folder / RESULTS, to_json(results))
-        raise_everywhere(None)  # wait until the first process has written everything
+
+def _earlier_results(run: _Run) -> dict[str, Any]:
+    if run.is_first:
+        _mend_use_cache(run.folder / MODEL, run.config)
+    return read_json(run.folder / RESULTS, "delete it, and the same command writes it again")
+
+
+def _build(run: _Run, minutes: float | None, stack: ExitStack) -> _Parts:
+    """The model, its data and what watches them; ``stack`` closes the log and gives Ctrl-C back."""
+    settings, folder, args = run.settings, run.folder, run.args
+    first, found = run.is_first, run.checkpoint
+    run.display.say(f"building {settings.preset}" + (f", to go on from {found.name}" if found else ""))
+    # With a configuration of its own: Trainer sets its use_cache to False, which is not to be saved.
+    model = build_model(settings, copy.deepcopy(run.config), empty=bool(args.fsdp) and not first)
+    accumulation = settings.accumulation(args.world_size)
+    batches = PackedBatches(
+        run.data,
+        settings.context,
+        settings.micro_batch_size,
+        settings.seed,
+        batches=settings.steps * accumulation * args.world_size,
+    )
+    throughput = _throughput(run)
+    log = stack.enter_context(Log(folder / LOG, run.saved["log_bytes"] if run.saved else 0)) if first else None
+    if first and found is None:
+        stack.enter_context(_free_unless_begun(folder, throughput))
+    losses: list[torch.Tensor] = []
+    monitor = Monitor(
+        settings,
+        folder,
+        run.config,
+        batches,
+        accumulation,
+        losses,
+        throughput,
+        run.display,
+        log,
+        stack.enter_context(interrupts_noted((SIGINT, SIGTERM))),
+        minutes,
+        run.saved["monitor"] if run.saved else None,
+    )
+    trainer = CheckpointingTrainer(
+        folder=folder,
+        keep_checkpoints=settings.keep_checkpoints,
+        autocast=is_bfloat16(settings, args.device),
+        run_state=lambda: {"settings": run.identity, **monitor.state()},
+        entries=monitor.entries,
+        losses=losses,
+        model=model,
+        args=args,
+        train_dataset=batches,
+        data_collator=only_batch,
+        callbacks=[monitor, *run.reporters, *_tensorboard(run)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if args.fsdp:
+        if not trainer.is_fsdp_enabled:
+            raise SettingsError("fsdp true: accelerate shards over GPUs only, expected false on a CPU")
+        _set_fsdp_precision(trainer, settings)
+    return _Parts(trainer, monitor, throughput)
+
+
+def _throughput(run: _Run) -> Throughput:
+    peak = peak_flops(run.args.device)
+    return Throughput(
+        run.settings.context * run.settings.batch_size,
+        size_of(run.config, run.settings.context).training_flops,
+        None if peak is None else peak * run.args.world_size,
+    )
+
+
+def _tensorboard(run: _Run) -> list[TrainerCallback]:
+    """TensorBoard's files, of the first process, without the steps after the checkpoint that an earlier one wrote."""
+    if not run.is_first or TENSORBOARD not in run.settings.report_to:
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+
+    done = run.saved["step"] if run.saved else 0
+    return [TensorBoardCallback(SummaryWriter(run.folder / TENSORBOARD, purge_step=done + 1))]
+
+
+def _run(run: _Run, parts: _Parts) -> None:
+    """All steps that are left; `Stopped` if not all were taken."""
+    parts.trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
+    step = parts.trainer.state.global_step
+    if step < run.settings.steps:
+        assert parts.monitor.step is not None
+        raise Stopped(step, parts.monitor.step.interrupted)
+
+
+def _finish(run: _Run, parts: _Parts) -> dict[str, Any]:
+    """Measure, and write the model, the results and the plot."""
+    settings, args = run.settings, run.args
+    monitor, throughput = parts.monitor, parts.throughput
+    seconds, step = monitor.seconds, parts.trainer.state.global_step
+    on_gpu = args.device.type == "cuda"
+    memory = torch.cuda.max_memory_allocated(args.device) if on_gpu else None  # without what follows
+    run.display.say("measuring the loss on the validation split")
+    valid = validate(parts.trainer, settings, run.data)
+    run.display.say("writing the model")
+    _write_model(parts.trainer, run.config, run.data, run.folder)
+    speed = throughput.mean if throughput.steps else None
+    results = {
+        "settings": settings.as_json(),
+        "parameters": size_of(run.config, settings.context).parameters,
+        "steps": step,
+        "tokens": step * throughput.tokens,
+        "loss": sum(monitor.last_losses) / len(monitor.last_losses),
+        "loss_steps": len(monitor.last_losses),
+        "valid": valid,
+        "spikes": monitor.spikes,
+        "seconds": round(seconds, 2),
+        "tokens_per_second": speed,
+        "mfu": None if speed is None else throughput.utilisation(speed),
+        "gpu_memory_bytes": memory,
+        "machine": machine(args.device, args.world_size),
+    }
+    if run.is_first:
+        write_plot(run.folder)
+        write_whole_file(run.folder / RESULTS, to_json(results))
+    raise_everywhere(None)  # wait until the first process has written everything
     return results
 
 

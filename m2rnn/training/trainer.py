@@ -6,6 +6,21 @@ would use autocast with DDP, but bfloat16 weights with FSDP, which gives another
 parameters.
 
 Random numbers of a step depend on (seed, step, process) alone, so that there is no random state to save.
+
+Private methods of Trainer that are overridden. A release of transformers may rename them; a test compares this list and
+their parameters with the installed one.
+
+    _save_checkpoint                   writes a folder that is whole or absent, with checksums and no pickle
+    _load_from_checkpoint              reads its weights, sharded or not
+    _load_optimizer_and_scheduler      reads its moments by parameter name, and the schedule from JSON
+    _load_rng_state                    nothing: a step seeds itself
+    _get_grad_norm                     nothing: Trainer's own scales by inf / norm, and one NaN would spread to every
+                                       gradient before the monitor sees it
+
+The first four would give way to a public hook for the storage of checkpoints, such as an argument of TrainingArguments.
+The last is not needed once Trainer measures a norm without scaling by it. Without such hooks the way out is a loop of
+our own over accelerate, which has all that is used of Trainer but its integrations. ``train.training_arguments`` also
+sets ``_n_gpu`` to 1, since Trainer has no other switch against DataParallel.
 """
 
 import json
@@ -34,11 +49,8 @@ class CheckpointingTrainer(Trainer):
         autocast: whether to compute in bfloat16; weights, gradients and moments are float32 all the same.
         run_state: what else a checkpoint must hold, for JSON; called in the first process.
         entries: what to add to a log entry.
+        losses: takes the loss of each micro-batch, its share of the step's mean, times the number of processes.
         **options: Trainer's own.
-
-    Attributes:
-        losses: of the micro-batches since ``losses`` was last cleared, each its share of the step's mean, times the
-            number of processes.
     """
 
     def __init__(
@@ -49,12 +61,12 @@ class CheckpointingTrainer(Trainer):
         autocast: bool,
         run_state: Callable[[], dict[str, Any]],
         entries: Callable[[], dict[str, float]],
+        losses: list[Tensor],
         **options: Any,
     ) -> None:
         super().__init__(**options)
         self.folder, self.keep_checkpoints, self.autocast = folder, keep_checkpoints, autocast
-        self.run_state, self.entries = run_state, entries
-        self.losses: list[Tensor] = []
+        self.run_state, self.entries, self.losses = run_state, entries, losses
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight decay for matrices and the like, embedding and head included.
@@ -75,7 +87,7 @@ class CheckpointingTrainer(Trainer):
         return loss.nan_to_num(0.0, 0.0, 0.0)  # Trainer's running sum would stay NaN after a step that is skipped
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None, *_: Any, **__: Any) -> Any:
-        return grad_norm  # Trainer's own scales gradients by inf / norm: one NaN would spread to all before the monitor
+        return grad_norm
 
     def get_batch_samples(self, *arguments: Any, **options: Any) -> tuple[list[Any], Tensor]:
         samples, labels = super().get_batch_samples(*arguments, **options)
@@ -122,4 +134,4 @@ class CheckpointingTrainer(Trainer):
             group["lr"] = rate
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        pass  # a step seeds itself
+        pass

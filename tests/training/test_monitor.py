@@ -1,20 +1,25 @@
 """A training stops before it is damaged, says what did it, and clips and logs its gradients."""
 
+import gc
+import inspect
 import json
 import math
+import re
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.utils import get_total_norm
+from transformers import Trainer
 
 from m2rnn.data.batches import PackedBatches
 from m2rnn.data.token_files import TokenDataset
 from m2rnn.models import M2RNNForCausalLM
 from m2rnn.runs.display import Display
+from m2rnn.training import trainer
 from m2rnn.training.monitor import Monitor, NonFiniteError, Step, kind_of
 from m2rnn.training.throughput import Throughput
 from m2rnn.training.train import build_config, build_model, train
@@ -106,7 +111,7 @@ def monitor_of(data: str, *overrides: str, world: int = 1, state: dict | None = 
     )
     throughput = Throughput(1, 1, None)
     return Monitor(
-        settings, Path(), config, batches, accumulation, throughput, Display(), None, lambda: False, None, state
+        settings, Path(), config, batches, accumulation, [], throughput, Display(), None, lambda: False, None, state
     )
 
 
@@ -116,7 +121,6 @@ def test_a_batch_of_any_process_is_named(data, monkeypatch):
     for process in (0, 1):
         monitor = monitor_of(data, "micro_batch_size=1", world=2)
         args = SimpleNamespace(world_size=2, process_index=process)
-        monitor.trainer = SimpleNamespace(args=args)
         monitor.step = Step(math.nan, {}, stop=False, interrupted=False)
         # Each process's second of two: batches 2 and 3 of the third step, which begins with batch 8.
         (window,) = order.windows_of(2 * 4 + 2 + process)[1]
@@ -176,3 +180,37 @@ def test_the_gradient_norms_of_all_kinds_add_up(data, undisturbed):
     config = build_config(settings_of(data), TokenDataset(data))
     model = M2RNNForCausalLM(config)
     assert {kind_of(name, config) for name, _ in model.named_parameters()} == set(line["gradient_norms"])
+
+
+def test_nothing_that_the_monitor_holds_leads_to_the_trainer(tmp_path, data, monkeypatch):
+    monitors = []
+    begin = Monitor.on_step_begin
+
+    def noted(self, *arguments, **options):
+        monitors.append(self)
+        begin(self, *arguments, **options)
+
+    monkeypatch.setattr(Monitor, "on_step_begin", noted)
+    train(settings_of(data, "steps=1", "warmup_steps=0"), tmp_path)
+    waiting, seen = [vars(monitors[0])], set()
+    while waiting:
+        held = waiting.pop()
+        assert not issubclass(type(held), Trainer)
+        if id(held) in seen or issubclass(type(held), (ModuleType, type)):
+            continue
+        seen.add(id(held))
+        # Not a function's globals: they lead to every module.
+        waiting.extend(held.__closure__ or () if type(held) is FunctionType else gc.get_referents(held))
+
+
+def test_the_private_methods_of_trainer_that_are_overridden_are_listed_and_exist():
+    """Where this fails, transformers has changed: the docstring of trainer.py says what each override is for."""
+    own = {name: method for name, method in vars(CheckpointingTrainer).items() if callable(method)}
+    private = {name for name in own if name.startswith("_") and not name.startswith("__")}
+    listed = set(re.findall(r"^    (_\w+)  +\w", trainer.__doc__, re.MULTILINE))
+    assert listed == private
+    for name, method in own.items():
+        theirs = inspect.signature(getattr(Trainer, name)).parameters
+        mine = inspect.signature(method).parameters
+        takes_all = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in mine.values())
+        assert takes_all or name == "__init__" or list(mine) == list(theirs), name
