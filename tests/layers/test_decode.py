@@ -1,5 +1,6 @@
 """One token of the layer as one operator: against float64, in place, in a CUDA graph, under the compiler."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -280,9 +281,10 @@ def test_kernels_compile_without_a_gpu(
     width: int,
     latency: bool,
     capability: tuple[int, int],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(compiler, "_cache_folder", lambda: None)
+    monkeypatch.setenv("M2RNN_CACHE_DIR", str(tmp_path))
     code = compiler.cubin("step", step._step_macros(dtype, 40, value, width, latency), capability)
     assert b"m2rnn_step" in code
     assert b"m2rnn_linear" in compiler.cubin("linear", step._linear_macros(dtype, 2, 5), capability)

@@ -4,15 +4,10 @@ Importing numba and filling its tables takes half a second, of which a process w
 LLVM, which numba brings along, loads an object file by itself.
 """
 
-import contextlib
 import ctypes
-import hashlib
 import importlib
 import importlib.metadata
-import os
 import threading
-import uuid
-import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -20,12 +15,12 @@ from typing import Any
 
 import llvmlite.binding as llvm
 
+from m2rnn.ops.backends.cache import compiled
 from m2rnn.ops.backends.cpu.layout import KERNELS
 
 _HERE = Path(__file__).parent
 _SOURCES = sorted([*_HERE.glob("*.py"), *_HERE.parents[1].glob("*/cpu_kernels.py")])  # of what is compiled
 _CTYPES = {"n": ctypes.c_int64, "t": ctypes.c_void_p, "x": ctypes.c_void_p, "d": ctypes.c_double}
-_DIGEST_BYTES = 32
 _COMPILING = threading.Lock()  # else threads that come first together compile the same, each for itself
 
 
@@ -33,11 +28,7 @@ _COMPILING = threading.Lock()  # else threads that come first together compile t
 def kernel(name: str, bits: int) -> Callable[..., None]:
     """One of ``KERNELS`` for a state of float32 or float64 numbers; arrays are passed as addresses."""
     with _COMPILING:
-        path = _cache_path(name, bits)
-        code = _read(path)
-        if code is None:
-            code = _compile(name, bits)
-            _write(path, code)
+        code = compiled("cpu", f"{name}-{bits}", _key(), lambda: _compile(name, bits))
         engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
         engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         engine.finalize_object()
@@ -87,46 +78,8 @@ def _compile(name: str, bits: int) -> bytes:
     return bytes(machine.emit_object(module))
 
 
-def _cache_path(name: str, bits: int) -> Path:
-    """A file for this very source, compiler and processor."""
+def _key() -> str:
+    """This very source, compiler and processor."""
     versions = [importlib.metadata.version("numba"), importlib.metadata.version("llvmlite")]
     machine = [llvm.get_process_triple(), llvm.get_host_cpu_name(), _features()]
-    sources = [path.read_text(encoding="utf-8") for path in _SOURCES]
-    digest = hashlib.sha256("\0".join([*versions, *machine, *sources]).encode()).hexdigest()[:16]
-    return _cache_folder() / f"cpu-{digest}" / f"{name}-{bits}.o"
-
-
-def _cache_folder() -> Path:
-    if chosen := os.environ.get("NUMBA_CACHE_DIR"):
-        return Path(chosen)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m2rnn"
-    except RuntimeError:  # a user without a home, as in a container that runs under a bare number
-        return Path(os.devnull)  # no folder, so that writing fails and says what to set
-
-
-def _read(path: Path) -> bytes | None:
-    """The object file, unless it is missing or damaged."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return None
-    digest, code = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-    return code if hashlib.sha256(code).digest() == digest else None
-
-
-def _write(path: Path, code: bytes) -> None:
-    """Whole or not at all, since other processes may read and write the same file."""
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(hashlib.sha256(code).digest() + code)
-        part.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        warnings.warn(
-            f"m2rnn cannot keep its compiled CPU kernels in the cache {path.parent} ({error.strerror}): every process "
-            "compiles them anew, which takes some seconds. Set NUMBA_CACHE_DIR to a folder that can be written.",
-            stacklevel=2,
-        )
+    return "\0".join([*versions, *machine, *(path.read_text(encoding="utf-8") for path in _SOURCES)])
