@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from m2rnn.ops.scan.triton import on_device_of
-from m2rnn.ops.singular_values.operator import ROOT_STEPS, SIGN_STEPS
+from m2rnn.ops.singular_values.operator import LIFT, LIFT_STEPS, ROOT_STEPS, SIGN_STEPS
 
 WARPS = 4
 
@@ -27,6 +27,8 @@ def bounded_by_kernel(weight: Tensor, bound: Tensor | float) -> Tensor:
                 cut,
                 width,
                 WIDTH=triton.next_power_of_2(width),
+                LIFT=LIFT,
+                LIFT_STEPS=LIFT_STEPS,
                 SIGN_STEPS=SIGN_STEPS,
                 ROOT_STEPS=ROOT_STEPS,
                 num_warps=WARPS,
@@ -35,7 +37,10 @@ def bounded_by_kernel(weight: Tensor, bound: Tensor | float) -> Tensor:
 
 
 @triton.jit
-def _cut(matrices, bounds, cut, width, WIDTH: tl.constexpr, SIGN_STEPS: tl.constexpr, ROOT_STEPS: tl.constexpr):
+def _cut(
+    matrices, bounds, cut, width,
+    WIDTH: tl.constexpr, LIFT: tl.constexpr, LIFT_STEPS: tl.constexpr, SIGN_STEPS: tl.constexpr, ROOT_STEPS: tl.constexpr,
+):  # fmt: skip
     number = tl.program_id(0).to(tl.int64)
     row, column = tl.arange(0, WIDTH)[:, None], tl.arange(0, WIDTH)[None, :]
     inside = (row < width) & (column < width)
@@ -46,6 +51,9 @@ def _cut(matrices, bounds, cut, width, WIDTH: tl.constexpr, SIGN_STEPS: tl.const
     scaled = weight / tl.load(bounds + number)
     over = _product(tl.trans(scaled), scaled) - eye
     sign = over / tl.maximum(tl.sqrt(tl.sum(over * over)), 1e-300)
+    for _ in range(LIFT_STEPS):
+        square = _product(sign, sign)
+        sign = _product(sign, LIFT[0] * eye + LIFT[1] * square + LIFT[2] * _product(square, square))
     for _ in range(SIGN_STEPS):
         sign = 1.5 * sign - 0.5 * _product(_product(sign, sign), sign)
     larger = eye + (over + _product(over, sign)) * 0.5
