@@ -39,7 +39,8 @@ def bounded_by_kernel(weight: Tensor, bound: Tensor | float) -> Tensor:
 @triton.jit
 def _cut(
     matrices, bounds, cut, width,
-    WIDTH: tl.constexpr, LIFT: tl.constexpr, LIFT_STEPS: tl.constexpr, SIGN_STEPS: tl.constexpr, ROOT_STEPS: tl.constexpr,
+    WIDTH: tl.constexpr, LIFT: tl.constexpr,
+    LIFT_STEPS: tl.constexpr, SIGN_STEPS: tl.constexpr, ROOT_STEPS: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0).to(tl.int64)
     row, column = tl.arange(0, WIDTH)[:, None], tl.arange(0, WIDTH)[None, :]
