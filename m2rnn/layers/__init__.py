@@ -9,13 +9,14 @@ from m2rnn.layers.attention import Attention
 from m2rnn.layers.decay_gate import DecayGate
 from m2rnn.layers.gated_deltanet import GatedDeltaNet
 from m2rnn.layers.gru import GRU
-from m2rnn.layers.m2rnn import M2RNN, M2RNNState
+from m2rnn.layers.m2rnn import M2RNN
 from m2rnn.layers.mamba2 import Mamba2
 from m2rnn.layers.mlp import SwiGLU
 from m2rnn.layers.packing import Packing
 from m2rnn.layers.projection import OutputProjection
 from m2rnn.layers.rnn import RNN
 from m2rnn.layers.short_conv import ShortConv
+from m2rnn.layers.state import M2RNNState
 from m2rnn.layers.state_weight import bound_state_weights
 
 __all__ = [

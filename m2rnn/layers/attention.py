@@ -2,7 +2,7 @@
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,76 +11,7 @@ from torch import Tensor, nn
 from m2rnn.layers.packing import Packing, check_tokens
 from m2rnn.layers.projection import OutputProjection
 from m2rnn.layers.sizes import check_sizes
-
-
-class AttentionState(NamedTuple):
-    """Keys and values of the tokens so far.
-
-    Attributes:
-        keys: ``[B, S, kv heads, head_dim]``, positions already applied.
-        values: same shape.
-        valid: bool ``[B, S]``, False at slots that hold no token; None if all do.
-    """
-
-    keys: Tensor
-    values: Tensor
-    valid: Tensor | None
-
-    def lengths(self) -> int | Tensor:
-        """Tokens seen: one number, or ``[B, 1]`` where sequences differ."""
-        return self.keys.shape[1] if self.valid is None else self.valid.sum(1, keepdim=True)
-
-    def crop(self, tokens: int) -> "AttentionState":
-        """Without the last ``tokens`` tokens of every sequence."""
-        if self.valid is None:
-            kept = max(0, self.keys.shape[1] - tokens)
-            return AttentionState(self.keys[:, :kept], self.values[:, :kept], None)
-        from_the_end = self.valid.flip(1).cumsum(1).flip(1)
-        return self._replace(valid=self.valid & (from_the_end > tokens))
-
-    def static(self, length: int) -> "StaticAttentionState":
-        """A copy with room for ``length`` tokens."""
-        batch, past = self.keys.shape[:2]
-        if past > length:
-            raise ValueError(f"a static cache of {length} tokens cannot hold {past}")
-        keys, values = (F.pad(x, (0, 0, 0, 0, 0, length - past)) for x in (self.keys, self.values))
-        valid = self.keys.new_ones(batch, past, dtype=torch.bool) if self.valid is None else self.valid
-        used = torch.full((batch,), past, device=valid.device)
-        return StaticAttentionState(keys, values, F.pad(valid, (0, length - past)), used)
-
-
-class StaticAttentionState(NamedTuple):
-    """Keys and values with room for more, which a single token fills at addresses that a CUDA graph can keep.
-
-    Attributes:
-        keys: ``[B, L, kv heads, head_dim]``, zeros in unused slots; values: same shape.
-        values: see keys.
-        valid: bool ``[B, L]``, True at slots that hold a token.
-        used: int64 ``[B]``, number of slots in use, the same for all.
-    """
-
-    keys: Tensor
-    values: Tensor
-    valid: Tensor
-    used: Tensor
-
-    def lengths(self) -> Tensor:
-        """Tokens seen ``[B, 1]``."""
-        return self.valid.sum(1, keepdim=True)
-
-    def append(self, k: Tensor, v: Tensor) -> None:
-        """Keep one token's keys and values ``[B, 1, kv heads, head_dim]``."""
-        slot = self.used[:1]
-        self.keys.index_copy_(1, slot, k.to(self.keys.dtype))
-        self.values.index_copy_(1, slot, v.to(self.values.dtype))
-        self.valid.index_fill_(1, slot, True)
-        self.used.add_(1)
-
-    def dynamic(self) -> AttentionState:
-        """The state as one that grows; the host waits for the device."""
-        used = int(self.used[0])
-        valid = self.valid[:, :used]
-        return AttentionState(self.keys[:, :used], self.values[:, :used], None if bool(valid.all()) else valid)
+from m2rnn.layers.state import AttentionState, StaticAttentionState, decodes
 
 
 @dataclass(frozen=True)
@@ -165,11 +96,13 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, AttentionState | StaticAttentionState | None]:
         """Mix along time; arguments and results as in ``M2RNN.forward``.
 
-        A ``StaticAttentionState`` takes a single token, in place. ``position_ids`` (``[B, T]`` or ``[1, T]``, packed
-        like ``hidden``) only matter with ``rope_theta``; by default they count the tokens of each sequence from 0.
+        ``position_ids`` (``[B, T]`` or ``[1, T]``, packed like ``hidden``) only matter with ``rope_theta``; by default
+        they count the tokens of each sequence from 0.
         ``rotary`` is what ``rotary_tables`` makes of them, for a caller that has it already.
         """
         check_tokens(hidden, state, packing)
+        if isinstance(state, StaticAttentionState) and not (output_state and decodes(hidden, packing)):
+            state = state.dynamic()
         heads = self.in_proj(hidden)
         heads = heads.view(*hidden.shape[:2], self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         qk, v = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), 2)
@@ -194,15 +127,13 @@ class Attention(nn.Module):
         q, k = qk.split((self.num_heads, self.num_kv_heads), 2)
 
         if isinstance(state, StaticAttentionState):
-            assert packing is None
-            assert hidden.shape[1] == 1
             state.append(k, v)
             visible = state.valid
             if self.window is not None:
                 counted = visible.cumsum(1)
                 visible = visible & (counted > counted[:, -1:] - self.window)
             y = self._attend(q, state.keys, state.values, attn_mask=visible[:, None, None])
-            return self.out_proj(y), state if output_state else None
+            return self.out_proj(y), state
 
         steps = q.shape[1]
         if state is None and self.window is not None and steps > self.window and self._runs_packed(q):

@@ -5,11 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2rnn.layers.decay_gate import DecayGate
-from m2rnn.layers.m2rnn import M2RNNState, check_gate_order, next_state
+from m2rnn.layers.m2rnn import check_gate_order
 from m2rnn.layers.packing import Packing, check_tokens
 from m2rnn.layers.projection import OutputProjection, project_parts
 from m2rnn.layers.short_conv import ShortConv, check_activation, check_init_std
 from m2rnn.layers.sizes import check_sizes
+from m2rnn.layers.state import M2RNNState, next_state
 from m2rnn.ops.linear_scan import gated_delta_scan
 
 NORM_EPS = 1e-6  # of the length of q and k, as in fla's kernels and in transformers

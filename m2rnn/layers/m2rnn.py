@@ -1,7 +1,5 @@
 """The M2RNN mixer: projections, short convolution and forget gate around the matrix-state recurrence."""
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,49 +10,10 @@ from m2rnn.layers.packing import Packing, check_tokens
 from m2rnn.layers.projection import OutputProjection, project_parts, project_token, runs_as_written
 from m2rnn.layers.short_conv import ShortConv, check_activation, check_init_std
 from m2rnn.layers.sizes import check_sizes
+from m2rnn.layers.state import M2RNNState, StaticM2RNNState, decodes, next_state
 from m2rnn.layers.state_weight import bound_, head_bounds
 from m2rnn.ops import m2rnn_scan
 from m2rnn.ops.decode import decode_step
-
-
-class M2RNNState(NamedTuple):
-    """What a recurrent layer (M2RNN, RNN, GRU, Gated DeltaNet, Mamba-2) remembers of each sequence.
-
-    Attributes:
-        recurrent: the matrix states ``[B, H, K, V]``, or vectors ``[B, H, V]``; float32 (float64 for float64 inputs).
-        conv: the last inputs of the convolution ``[B, conv_size - 1, channels]``, or None without one.
-    """
-
-    recurrent: Tensor
-    conv: Tensor | None
-
-    def static(self, length: int) -> "StaticM2RNNState":
-        """A copy that the layer updates in place; ``length`` does not matter, the state does not grow."""
-        return StaticM2RNNState(self.recurrent.clone(), None if self.conv is None else self.conv.clone())
-
-
-class StaticM2RNNState(M2RNNState):
-    """A state whose tensors a single token updates in place, at addresses that a CUDA graph can keep."""
-
-    def update(self, state: M2RNNState) -> "StaticM2RNNState":
-        """Write the tensors of ``state`` into those of this one, which it returns."""
-        for kept, new in zip(self, state, strict=True):
-            if kept is not None and new is not None:
-                kept.copy_(new)
-        return self
-
-    def dynamic(self) -> M2RNNState:
-        """The state as one that no token changes."""
-        return M2RNNState(*(None if x is None else x.clone() for x in self))  # type: ignore[arg-type]
-
-
-def next_state(
-    state: M2RNNState | None, recurrent: Tensor, conv: Tensor | None, hidden: Tensor, packing: Packing | None
-) -> M2RNNState:
-    """The state after ``hidden``, in place if ``state`` is static and one token without gradients followed it."""
-    one_token = packing is None and hidden.shape[1] == 1 and not torch.is_grad_enabled()
-    after = M2RNNState(recurrent, conv)
-    return state.update(after) if isinstance(state, StaticM2RNNState) and one_token else after
 
 
 def check_gate_order(norm_before_gate: bool, norm: bool, gate: bool) -> None:
@@ -222,17 +181,16 @@ class M2RNN(nn.Module):
 
         Returns:
             The output, of ``hidden``'s shape and dtype, and the state after the last token of each sequence. A
-            ``StaticM2RNNState`` is updated in place by a single token without gradients, and otherwise left alone.
+            static state is updated in place where ``m2rnn.layers.state.decodes`` says so and a state is wanted, and
+            otherwise left alone.
 
         Raises:
             ValueError: for tokens, state and packing that do not go together.
         """
         check_tokens(hidden, state, packing)
-        one_token = state is not None and packing is None and hidden.shape[1] == 1 and not torch.is_grad_enabled()
-        if one_token and self._decodes_at_once():
-            assert state is not None
-            y, state = self._decode(hidden[:, 0], state)
-            return y[:, None], state if output_state else None
+        if state is not None and decodes(hidden, packing) and self._decodes_at_once():
+            y, after = self._decode(hidden[:, 0], state, in_place=output_state and isinstance(state, StaticM2RNNState))
+            return y[:, None], after if output_state else None
         qkv, logits, g = project_parts(self.in_proj, hidden, self.proj_sizes)
         conv_state = None
         if self.conv is not None:
@@ -290,9 +248,8 @@ class M2RNN(nn.Module):
         kinds = (self.conv, ShortConv), (self.decay_gate, DecayGate), (self.norm, nn.RMSNorm)
         return all(part is None or (type(part) is kind and runs_as_written(part)) for part, kind in kinds)
 
-    def _decode(self, hidden: Tensor, state: M2RNNState) -> tuple[Tensor, M2RNNState]:
+    def _decode(self, hidden: Tensor, state: M2RNNState, *, in_place: bool) -> tuple[Tensor, M2RNNState]:
         """One token ``[B, hidden_size]``: two projections, and one operator for all that is between them."""
-        in_place = isinstance(state, StaticM2RNNState)
         y, recurrent, conv = decode_step(
             project_token(self.in_proj, hidden),
             state.recurrent,

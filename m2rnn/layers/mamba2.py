@@ -6,11 +6,12 @@ from torch import Tensor, nn
 
 from m2rnn.layers.decay_gate import DecayGate
 from m2rnn.layers.initialize import initialize
-from m2rnn.layers.m2rnn import M2RNNState, check_gate_order, next_state
+from m2rnn.layers.m2rnn import check_gate_order
 from m2rnn.layers.packing import Packing, check_tokens
 from m2rnn.layers.projection import OutputProjection, project_parts
 from m2rnn.layers.short_conv import ShortConv, check_activation, check_init_std
 from m2rnn.layers.sizes import check_sizes
+from m2rnn.layers.state import M2RNNState, next_state
 from m2rnn.ops.linear_scan import gated_linear_scan
 
 

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2rnn.layers.initialize import initialize
-from m2rnn.layers.m2rnn import M2RNNState, next_state
 from m2rnn.layers.packing import Packing, check_tokens
 from m2rnn.layers.projection import OutputProjection
 from m2rnn.layers.short_conv import ShortConv, check_activation, check_init_std
 from m2rnn.layers.sizes import check_sizes
+from m2rnn.layers.state import M2RNNState, next_state
 from m2rnn.ops.vector_scan import rnn_scan
 
 

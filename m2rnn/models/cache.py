@@ -25,11 +25,11 @@ class LayerState:
     def __init__(self) -> None:
         self.state: Any = None
 
-    def read(self, one_token: bool) -> Any:
-        """The state for the mixer's next call, of one token for each sequence or of more."""
+    def read(self, decoding: bool) -> Any:
+        """The state for the mixer's next call; ``decoding`` as ``m2rnn.layers.state.decodes`` says of that call."""
         return self.state
 
-    def write(self, state: Any, one_token: bool = False) -> None:
+    def write(self, state: Any, decoding: bool = False) -> None:
         """Keep the state after that call."""
         self.state = state
 
@@ -76,11 +76,11 @@ class StaticLayerState(LayerState):
     def get_max_length(self) -> int:
         return self.length
 
-    def read(self, one_token: bool) -> Any:
-        return self.state if one_token or not hasattr(self.state, "dynamic") else self.state.dynamic()
+    def read(self, decoding: bool) -> Any:
+        return self.state if decoding or not hasattr(self.state, "dynamic") else self.state.dynamic()
 
-    def write(self, state: Any, one_token: bool = False) -> None:
-        if self.state is None or not one_token:
+    def write(self, state: Any, decoding: bool = False) -> None:
+        if self.state is None or not decoding:
             state = state.static(self.length) if hasattr(state, "static") else state
             if self._kept is None or [*map(_kind, state)] != [*map(_kind, self._kept)]:
                 self._keep(state)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from m2rnn.layers.state import decodes
 from m2rnn.models.cache import CACHE_NAME, M2RNNCache
 
 
@@ -48,7 +49,7 @@ class CapturedDecoding:
 
     def __call__(self, model: PreTrainedModel, **inputs: Any) -> Any:
         cache, ids = inputs[CACHE_NAME], inputs.get("input_ids")
-        if ids is None or ids.shape[1] != 1 or cache.steps == 0 or _returns_more(model, inputs):
+        if ids is None or not decodes(ids) or cache.steps == 0 or _returns_more(model, inputs):
             return model(**inputs)
         tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
         others = {name: x for name, x in inputs.items() if name not in tensors and name != CACHE_NAME}

@@ -33,6 +33,7 @@ from transformers.utils.generic import can_return_tuple
 from m2rnn.layers import Attention, OutputProjection, Packing
 from m2rnn.layers.attention import RotaryTables, positions_of, rotary_tables
 from m2rnn.layers.moe import Experts, MoE
+from m2rnn.layers.state import decodes
 from m2rnn.models.arguments import check_others
 from m2rnn.models.cache import CACHE_NAME, M2RNNCache
 from m2rnn.models.capture import CapturedDecoding
@@ -113,6 +114,12 @@ class M2RNNPreTrainedModel(PreTrainedModel):
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True  # transformers looks for its decorator in this file, and it is in that of the layer
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing for this library's classes, which ``auto_map`` names: transformers would save copies of our files."""
+        if not cls.__module__.startswith("m2rnn."):
+            super().register_for_auto_class(auto_class)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters to spare from weight decay, such as ``A_log``, ``dt_bias`` and ``D``."""
@@ -225,8 +232,8 @@ class M2RNNModel(M2RNNPreTrainedModel):
             return hidden if padded is None else padded.pad(hidden)
 
         # A static cache moves on in place, so not if it is to stay as it is
-        one_token = use_cache and packing is None and hidden.shape[1] == 1 and not torch.is_grad_enabled()
-        if cache is not None and one_token:
+        decoding = use_cache and decodes(hidden, packing)
+        if cache is not None and decoding:
             cache.check_room()
         hidden_states, aux_losses, router_logits = [], [], []
         places = position_ids
@@ -236,7 +243,7 @@ class M2RNNModel(M2RNNPreTrainedModel):
                 hidden_states.append(unpacked(hidden))
                 if padded is not None:  # the layer computes from what is returned, so that this has a gradient
                     hidden = padded.to(hidden.device).pack(hidden_states[-1])
-            state = None if cache is None else cache.layers[layer].read(one_token)
+            state = None if cache is None else cache.layers[layer].read(decoding)
             mixer, rotary = block.mixer, None
             if isinstance(mixer, Attention) and mixer.rope_theta is not None:
                 kind = mixer.rope_theta, mixer.head_dim
@@ -259,7 +266,7 @@ class M2RNNModel(M2RNNPreTrainedModel):
             if logits is not None and output_router_logits:
                 router_logits.append(unpacked(logits.view(*hidden.shape[:2], -1)).flatten(0, 1))
             if cache is not None and use_cache:
-                cache.layers[layer].write(state, one_token)
+                cache.layers[layer].write(state, decoding)
         if cache is not None and use_cache:
             cache.steps += steps
         hidden = unpacked(self.norm(hidden))
