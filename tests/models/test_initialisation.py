@@ -122,6 +122,7 @@ def test_saving_and_loading_gives_the_same_bits(tied: bool, tmp_path: Path) -> N
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "modeling_m2rnn.py",
     ]
     ids = torch.randint(VOCAB, (2, 5))
     for loaded in (
