@@ -15,6 +15,7 @@ from torch import Tensor
 
 from m2rnn.ops.backends.cuda.compiler import source_of
 from m2rnn.ops.scan.cuda import launch
+from m2rnn.ops.scan.problem import Problem
 
 COMPILER = shutil.which("g++")
 OLDEST = 12  # of g++, which has half precision
@@ -135,11 +136,13 @@ class Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, cu_seqlens, state_clip, q, k, v, f, weight, initial_state):
-        y, final, saved = launch.forward(q, k, v, f, weight, initial_state, cu_seqlens, True)
-        ctx.save_for_backward(q, k, v, f, weight, initial_state, saved, cu_seqlens)
+        problem = Problem(q, k, v, f, weight, initial_state, cu_seqlens, state_clip)
+        y, final, saved = launch.forward(problem, True)
+        ctx.save_for_backward(q, k, v, f, weight, initial_state, cu_seqlens, saved)
         ctx.state_clip = state_clip
         return y, final
 
     @staticmethod
     def backward(ctx, dy: Tensor, d_final: Tensor):
-        return None, None, *launch.backward(dy, d_final, *ctx.saved_tensors, ctx.state_clip)
+        *tensors, saved = ctx.saved_tensors
+        return None, None, *launch.backward(Problem(*tensors, ctx.state_clip), saved, dy, d_final)

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from m2rnn.ops.scan import operator as scan
+from m2rnn.ops.backends import choice
+from m2rnn.ops.scan import triton
 from m2rnn.ops.scan.cuda import launch
-from m2rnn.ops.vector_scan import operator as rnn
+from m2rnn.ops.scan.problem import BACKENDS, Problem
+from m2rnn.ops.vector_scan import problem as vector
+from m2rnn.ops.vector_scan import triton as vector_triton
 
 GPU = SimpleNamespace(
     name="GPU X",
@@ -24,7 +27,7 @@ GPU = SimpleNamespace(
 
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
-    caches = (scan.why_unavailable, scan._warn_fallback, scan._triton_limit, launch._gpu)
+    caches = (choice.why_unavailable, choice._warn_fallback, triton._limit, launch._gpu)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -36,13 +39,13 @@ def _resolve(
     device: str, backend: str | None = None, *, value: int = 16, steps: int = 5, dtype: torch.dtype = torch.bfloat16
 ) -> str:
     shape = 1, steps, 2, value
-    x: Any = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=shape, is_meta=device == "meta")
-    return scan._resolve(backend, x, x, x, x, x)
+    x: Any = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=shape)
+    return BACKENDS.choose(backend, Problem(x, x, x, x, x))
 
 
 def _only(monkeypatch: pytest.MonkeyPatch, *available: str, gpu: Any = GPU) -> None:
     """A machine on which these backends can run."""
-    monkeypatch.setattr(scan, "why_unavailable", lambda name: None if name in available else f"no {name} here")
+    monkeypatch.setattr(choice, "why_unavailable", lambda name: None if name in available else f"no {name} here")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
 
 
@@ -114,13 +117,13 @@ def test_cpu_tensors_are_interpreted_only_if_triton_is_told_to(monkeypatch: pyte
     assert _resolve("cpu", "triton") == "triton"
     assert _resolve("cpu") == "cpu"
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    scan.why_unavailable.cache_clear()
+    choice.why_unavailable.cache_clear()
     with pytest.raises(ValueError, match=r"no GPU that PyTorch can use|the tensors are on cpu"):
         _resolve("cpu", "triton")
 
 
 def test_triton_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="triton is not installed: pip install triton"):
         _resolve("cuda", "triton")
 
@@ -129,11 +132,13 @@ def test_triton_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_vector_recurrences_take_triton_as_far_as_its_registers_reach(
     units: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rnn, "why_unavailable", lambda name: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for more, reason in ((0, None), (1, f"V is {units + 1}, and the Triton kernels take up to {units}")):
-        x: Any = SimpleNamespace(device=torch.device("cuda"), shape=(1, 5, 2, units + more), is_meta=False)
-        assert rnn._why_not("triton", x, dtype) == reason
+        x: Any = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(1, 5, 2, units + more))
+        assert vector_triton.why_not(vector.Problem([x], [x])) == reason
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU X")
-    assert rnn._why_not("triton", x, dtype) == "GPU X is too old for Triton, which needs compute capability 8.0"
+    assert (
+        vector_triton.why_not(vector.Problem([x], [x]))
+        == "GPU X is too old for Triton, which needs compute capability 8.0"
+    )

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from m2rnn.ops.backends.shapes import cuda_parts
+from m2rnn.ops.backends.choice import Backends
 from m2rnn.ops.scan import operator as scan
+from m2rnn.ops.scan import problem as contract
 from m2rnn.ops.scan.cuda import launch
 from tests.ops.cases import Case, Problem, check, evaluate, make_problem, run_autograd, truth
 from tests.ops.emulated_gpu import H100, EmulatedGpu, Scan, why_not
@@ -65,16 +66,22 @@ def test_the_fake_kernel_tells_what_the_kernels_return(
     problem = make_problem(case, grads=())
     inputs = [problem.inputs.get(name) for name in ("q", "k", "v", "f", "weight", "initial_state")]
     with gpu.in_use():
-        results = launch.forward(*inputs, problem.cu_seqlens, True)
-    monkeypatch.setattr(scan, "_resolve", lambda *_: "cuda")
+        results = launch.forward(contract.Problem(*inputs, problem.cu_seqlens), True)
+    monkeypatch.setattr(Backends, "choose", lambda *_: "cuda")
     fakes = scan._scan_fake(*inputs, problem.cu_seqlens, True, case.clip, None, True)
     assert [(x.shape, x.dtype) for x in fakes] == [(x.shape, x.dtype) for x in results]
 
 
 def test_what_is_short_in_bfloat16_is_computed_in_two_parts() -> None:
     """Of a pack, what is short on average."""
-    assert [cuda_parts(BF16, steps) for steps in (32, 33)] == [2, 1]
-    assert [cuda_parts(BF16, steps, torch.tensor([0, 5, steps])) for steps in (64, 65)] == [2, 1]
+
+    def parts(steps: int, offsets: Tensor | None = None, batch: int = 1) -> int:
+        x = torch.empty(batch, steps, 1, 16, dtype=BF16)
+        return launch._parts(contract.Problem(x, x, x, x[..., 0], x[0, :16], None, offsets))
+
+    assert [parts(steps) for steps in (32, 33)] == [2, 1]
+    assert [parts(steps, batch=2) for steps in (32, 33)] == [2, 1]
+    assert [parts(steps, torch.tensor([0, 5, steps])) for steps in (64, 65)] == [2, 1]
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])

@@ -374,7 +374,7 @@ def test_works_in_a_forked_child_after_use_in_the_parent(
     if backend != "cpu":
         pytest.skip("the backend keeps no threads of its own")
     if pool:  # as where PyTorch does not run on GNU OpenMP
-        monkeypatch.setattr("m2rnn.ops.scan.cpu._openmp", lambda: None)
+        monkeypatch.setattr("m2rnn.ops.backends.threads._openmp", lambda: None)
     case = Case(batch=3, time=40, heads=(1, 1, 4, 4, 4))
     expected = _outputs(case)
     context = multiprocessing.get_context("fork")

@@ -542,6 +542,7 @@ def test_the_final_state_is_returned_on_request(matrices: int) -> None:
 
 
 COMPILE = """
+from m2rnn.ops.vector_scan.problem import Problem
 from m2rnn.ops.vector_scan.triton import backward, forward
 
 for capability, dtype, units, offsets, matrices in (
@@ -551,8 +552,9 @@ for capability, dtype, units, offsets, matrices in (
 ):
     inputs = [torch.zeros(1, 7, 2, units, dtype=dtype)] * matrices
     weights = [torch.zeros(2, units, units)] * matrices
-    y, state = forward(inputs, weights, None, offsets)
-    backward(y, state, inputs, weights, state, y, offsets, 1.0)
+    problem = Problem(inputs, weights, None, offsets, 1.0)
+    y, state = forward(problem)
+    backward(problem._replace(initial_state=state), y, y, state)
 assert len(kernels) == 6, kernels
 assert all(kernel.asm["cubin"] for kernel in kernels)
 limit = 227 << 10

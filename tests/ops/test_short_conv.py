@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, library
 
-from m2rnn.ops.scan.operator import why_unavailable
+from m2rnn.ops.backends.choice import why_unavailable
 from m2rnn.ops.short_conv import operator as operator
 from m2rnn.ops.short_conv.operator import short_conv
 from tests.ops.ahead_of_time import compile_kernels

@@ -7,15 +7,15 @@ import time
 import pytest
 import torch
 
-from m2rnn.ops.scan import cpu
+from m2rnn.ops.backends import threads as shared
 from tests.ops.cases import Case, make_problem, run
 
 
 @pytest.fixture(params=["openmp", "pool"])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "pool":
-        monkeypatch.setattr(cpu, "_openmp", lambda: None)
-    elif cpu._openmp() is None:
+        monkeypatch.setattr(shared, "_openmp", lambda: None)
+    elif shared._openmp() is None:
         pytest.skip("this PyTorch does not run on GNU OpenMP")
     return str(request.param)
 
@@ -37,7 +37,7 @@ def test_an_error_on_any_thread_reaches_the_caller(threads: str) -> None:
             raise ZeroDivisionError("on the other thread")
 
     with pytest.raises(ZeroDivisionError, match="on the other thread"):
-        cpu._on_threads(2, work)
+        shared._on_threads(2, work)
 
 
 def test_an_interrupt_waits_for_the_other_threads(threads: str) -> None:
@@ -53,5 +53,5 @@ def test_an_interrupt_waits_for_the_other_threads(threads: str) -> None:
             finished.append(True)
 
     with pytest.raises(KeyboardInterrupt):
-        cpu._on_threads(2, work)
+        shared._on_threads(2, work)
     assert finished

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor, library
 
-from m2rnn.ops.scan import operator as scan
+from m2rnn.ops import m2rnn_scan
+from m2rnn.ops.scan import triton
+from m2rnn.ops.scan.problem import Problem
 from tests.ops import test_integration, test_packed, test_scan
 from tests.ops.ahead_of_time import compile_kernels
 from tests.ops.cases import EMPTY, Case, check, make_problem, random_case, run, truth
@@ -24,16 +26,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 
 @pytest.fixture
 def kernels():
-    from m2rnn.ops.scan import triton
+    from m2rnn.ops.scan import triton_kernels
 
-    return triton
+    return triton_kernels
 
 
 @pytest.fixture
 def short_chunks(kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few steps are many chunks, as a few hundred are with the true length."""
-    for module in (kernels, scan):
-        monkeypatch.setattr(module, "TRITON_CHUNK", 2)
+    for module in (kernels, triton):
+        monkeypatch.setattr(module, "CHUNK", 2)
 
 
 CASES = [
@@ -88,10 +90,10 @@ def test_groups_that_do_not_divide_the_sequences(kernels, monkeypatch: pytest.Mo
     case = Case(batch=3, time=3)
     problem = make_problem(case)
     *inputs, _ = problem.inputs.values()
-    launches = kernels._Problem(*inputs, None).launches(2, [])
+    launches = kernels._Plan(Problem(*inputs)).launches(2, [])
     assert [(programs, first) for programs, first, *_ in launches] == [(4, 0), (2, 2)]
     expected = run(problem, "triton")
-    scratch = 2 * 2 * scan.TRITON_CHUNK * 16 * 16 * 4  # two sequences of two heads, in float32
+    scratch = 2 * 2 * triton.CHUNK * 16 * 16 * 4  # two sequences of two heads, in float32
     monkeypatch.setattr(kernels, "SCRATCH_BYTES", scratch)
     results = run(problem, "triton")
     check(results, truth(case), case)
@@ -139,9 +141,9 @@ def test_infinite_inputs_do_not_reach_the_padding(value: int) -> None:
     q, k, v = torch.ones(1, 2, 1, 3), torch.ones(1, 2, 1, 3), torch.ones(1, 2, 1, value)
     k[0, 0, 0, 1], v[0, 1, 0, 1] = torch.inf, -torch.inf
     f, weight = torch.full((1, 2, 1), 0.5), torch.zeros(1, value, value)
-    expected = scan.m2rnn_scan(q, k, v, f, weight, backend="reference")[0]
+    expected = m2rnn_scan(q, k, v, f, weight, backend="reference")[0]
     assert expected.isfinite().all()
-    torch.testing.assert_close(scan.m2rnn_scan(q, k, v, f, weight, backend="triton")[0], expected)
+    torch.testing.assert_close(m2rnn_scan(q, k, v, f, weight, backend="triton")[0], expected)
 
 
 @interpreted
@@ -168,6 +170,7 @@ def test_the_fake_kernel_tells_how_many_states_are_saved(case: Case) -> None:
 
 
 COMPILE = """
+from m2rnn.ops.scan.problem import Problem
 from m2rnn.ops.scan.triton import backward, forward
 
 for capability, dtype, key, value, offsets in (
@@ -177,9 +180,10 @@ for capability, dtype, key, value, offsets in (
 ):
     q, k, v = (torch.zeros(1, 70, *shape, dtype=dtype) for shape in ((1, key), (1, key), (2, value)))
     f, weight = torch.zeros(1, 70, 2), torch.zeros(2, value, value)
-    y, state, saved = forward(q, k, v, f, weight, None, offsets, True)
-    backward(y, state, q, k, v, f, weight, state, saved, offsets, 1.0)
-forward(q, k, v, f, weight, None, offsets, False)
+    problem = Problem(q, k, v, f, weight, None, offsets, 1.0)
+    y, state, saved = forward(problem, True)
+    backward(problem._replace(initial_state=state), saved, y, state)
+forward(problem, False)
 assert len(kernels) >= 10, kernels  # forward, backward, partial sums of dq and of dk
 assert all(kernel.asm["cubin"] for kernel in kernels)
 """

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m2rnn.ops.scan.triton import on_device_of
+from m2rnn.ops.backends.triton import on_device_of
 
 BLOCK = 4096  # columns at a time
 WARPS = 8

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
-from m2rnn.ops.backends.shapes import state_dtype
+from m2rnn.ops.backends.dtypes import state_dtype
 from m2rnn.ops.scan.operator import m2rnn_step
 
 FEW_ROWS = 4  #: that ``few_rows_linear`` multiplies with its own kernel; more are a matter for a matrix product

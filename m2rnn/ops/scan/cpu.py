@@ -5,109 +5,22 @@ Memory beyond inputs, outputs and gradients: one state every ``chunk`` steps bet
 and the order of every sum depend on the shapes alone.
 """
 
-import ctypes
 import math
-import os
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from m2rnn.ops.backends.choice import why_not_on_device
 from m2rnn.ops.backends.cpu import layout as layout
 from m2rnn.ops.backends.cpu.code import kernel
-from m2rnn.ops.backends.shapes import chunk_length, head_count, output_dtype, saved_states, state_dtype
-from m2rnn.ops.scan.operator import IMPORTED_IN  # this module may be imported in a forked process first
+from m2rnn.ops.backends.threads import DTYPE_CODES, address, round_up, run_units
+from m2rnn.ops.scan.problem import Gradients, Problem, states_between_chunks
 
 UNITS = 64  # pieces to cut the work into: enough for any laptop, and a fixed number keeps the bits the same
-CALLS_PER_THREAD = 4  # so that a thread that is late leaves work for the others
-
-DTYPE_CODES = {
-    torch.float32: layout.FLOAT32,
-    torch.float64: layout.FLOAT64,
-    torch.bfloat16: layout.BFLOAT16,
-    torch.float16: layout.FLOAT16,
-}
-
-
-_WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-@lru_cache(maxsize=1)
-def _openmp() -> Callable[..., None] | None:
-    """``GOMP_parallel(work, data, threads, flags)`` of the OpenMP library that PyTorch itself runs on, if it is GNU's.
-
-    Its threads spin for some milliseconds after each of PyTorch's operators, ready for the next: threads of our own
-    would compete with them for the cores. Not in a forked process, which OpenMP's threads do not survive.
-    """
-    if os.getpid() != IMPORTED_IN:
-        return None
-    for library in Path(torch.__file__).parent.glob("lib/libgomp*"):
-        try:
-            parallel: Callable[..., None] = ctypes.CDLL(str(library)).GOMP_parallel
-        except (OSError, AttributeError):
-            continue
-        return parallel
-    return None
-
-
-@lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="m2rnn")
-
-
-if hasattr(os, "register_at_fork"):  # threads do not survive a fork
-    os.register_at_fork(after_in_child=_pool.cache_clear)
-    os.register_at_fork(after_in_child=_openmp.cache_clear)
-
-
-def _wait_for(others: list[Future[None]]) -> None:
-    """Until all are done, whatever comes: Ctrl-C would free the memory that they read and write."""
-    interrupt = None
-    while not all(other.done() for other in others):
-        try:
-            wait(others)
-        except KeyboardInterrupt as error:
-            interrupt = error
-    if interrupt is not None:
-        raise interrupt
-
-
-def _on_threads(threads: int, work: Callable[[], None]) -> None:
-    """Call ``work`` on each of several threads, of which the caller's is one; raises what it raised on any."""
-    parallel = _openmp()
-    if parallel is None:
-        others: list[Future[None]] = []
-        try:
-            others.extend(_pool(threads - 1).submit(work) for _ in range(threads - 1))
-            work()
-        finally:
-            _wait_for(others)
-        for other in others:
-            other.result()
-        return
-    errors: list[BaseException] = []
-
-    def call(_: int | None) -> None:
-        try:
-            work()
-        except BaseException as error:  # it cannot pass through OpenMP
-            errors.append(error)
-
-    parallel(_WORK(call), None, threads, 0)
-    if errors:
-        raise errors[0]
-
-
-def _address(x: Tensor | np.ndarray | None) -> int:
-    if x is None:
-        return 0
-    return x.data_ptr() if isinstance(x, Tensor) else x.ctypes.data
 
 
 def _run(
@@ -120,43 +33,6 @@ def _run(
 ) -> None:
     scratch = layout.scratch_size(plan.chunk, plan.rows, plan.width, backward=name == "backward")
     run_units(name, plan.dtype, scratch, plan.units, tensors, plan.sequences, sizes, *arrays, clip=clip)
-
-
-def run_units(
-    name: str,
-    dtype: torch.dtype,
-    scratch: int,
-    units: np.ndarray,
-    tensors: np.ndarray,
-    sequences: np.ndarray,
-    sizes: np.ndarray,
-    *arrays: Tensor | None,
-    clip: tuple[float, ...] = (),
-) -> None:
-    """Call a kernel on ranges of the units, with scratch memory for each thread, until all of them are done."""
-    call = kernel(name, 8 * dtype.itemsize)
-    tables = [_address(x) for x in (units, tensors, sequences, sizes)]
-    others = [*(_address(x) for x in arrays), *clip]
-    scratch += layout.VECTOR_BYTES // dtype.itemsize
-    count = len(units)
-    threads = min(torch.get_num_threads(), count)
-    calls = min(count, CALLS_PER_THREAD * threads) if threads > 1 else threads
-    ranges = iter([(i * count // calls, (i + 1) * count // calls) for i in range(calls)])
-
-    def work() -> None:
-        memory = torch.empty(scratch, dtype=dtype)
-        aligned = round_up(memory.data_ptr(), layout.VECTOR_BYTES)  # vectors that straddle two lines cost twice
-        for first, last in ranges:  # next() of a list's iterator is atomic, so each range goes to one thread
-            call(first, last, *tables, aligned, *others)
-
-    if threads > 1:
-        _on_threads(threads, work)
-    else:
-        work()
-
-
-def round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
 
 
 def _divisors(n: int) -> list[int]:
@@ -245,26 +121,19 @@ class _Plan:
         return padded
 
 
-def _plan(q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> _Plan:
-    heads = head_count(q, k, v, f, weight)
-    fewest_heads = min(x.shape[2] for x in (q, k, v, f))
-    problem = (
-        heads,
-        fewest_heads,
-        q.shape[3],
-        v.shape[3],
-        state_dtype(q, k, v, f, weight),
-        chunk_length(q.shape[1]),
-    )
-    if cu_seqlens is None:
-        return _dense_plan(q.shape[0], q.shape[1], *problem)
-    bounds = cu_seqlens.numpy().astype(np.int64)
-    return _cut(np.zeros(len(bounds) - 1, np.int64), bounds[:-1], np.diff(bounds), *problem)
+def _plan(problem: Problem) -> _Plan:
+    fewest_heads = min(x.shape[2] for x in (problem.q, problem.k, problem.v, problem.f))
+    sizes = problem.heads, fewest_heads, problem.key_dim, problem.value_dim, problem.state_dtype
+    chunk = chunk_length(problem.steps)
+    if problem.cu_seqlens is None:
+        return _dense_plan(problem.batch, problem.steps, *sizes, chunk)
+    bounds = problem.cu_seqlens.numpy().astype(np.int64)
+    return _cut(np.zeros(len(bounds) - 1, np.int64), bounds[:-1], np.diff(bounds), *sizes, chunk)
 
 
 @lru_cache(maxsize=256)  # a model asks for the same few plans again and again
-def _dense_plan(batch: int, steps: int, *problem: Any) -> _Plan:
-    return _cut(np.arange(batch), np.zeros(batch, np.int64), np.full(batch, steps, np.int64), *problem)
+def _dense_plan(batch: int, steps: int, *sizes: Any) -> _Plan:
+    return _cut(np.arange(batch), np.zeros(batch, np.int64), np.full(batch, steps, np.int64), *sizes)
 
 
 def _cut(
@@ -333,23 +202,28 @@ class _Output:
         return total.to(self.dtype)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    f: Tensor,
-    weight: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(y, final state, saved states)``: the saved states [n, H, K, V] are where ``backward`` starts its chunks."""
-    plan = _plan(q, k, v, f, weight, cu_seqlens)
-    final = torch.empty(len(plan.sequences), *plan.state_shape, dtype=plan.dtype)
-    count = saved_states(q.shape[0], q.shape[1], cu_seqlens is not None) if save else 0
-    allocate = torch.empty if cu_seqlens is None else torch.zeros  # packed sequences leave some of it unused
-    saved = allocate(count, *plan.state_shape, dtype=plan.dtype)
-    y = _Output(plan, torch.Size((*v.shape[:2], plan.heads, plan.value_dim)), output_dtype(q, k, v), by_row=False)
+def chunk_length(steps: int) -> int:
+    """C, the steps between saved states: a power of two near √T, where T/C saved and C recomputed states balance."""
+    return 16 if steps <= 512 else 32 if steps <= 2048 else 64
+
+
+def why_not(problem: Problem) -> str | None:
+    return why_not_on_device("cpu", problem.device)
+
+
+def saved_like(problem: Problem) -> Tensor:
+    """States [n, H, K, V], where ``backward`` starts its chunks; packed sequences leave some of them unused: zeros."""
+    chunk, packed = chunk_length(problem.steps), problem.cu_seqlens is not None
+    count = problem.steps // chunk if packed else states_between_chunks(problem.batch, problem.steps, chunk)
+    saved = problem.new_states(count)
+    return saved.zero_() if packed else saved
+
+
+def forward(problem: Problem, save: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    q, k, v, f, weight, initial_state, _, _ = problem
+    plan, final = _plan(problem), problem.new_states(problem.sequences)
+    saved = saved_like(problem) if save else None
+    y = _Output(plan, torch.Size(problem.y_shape), problem.output_dtype, by_row=False)
     _run(
         "forward", plan, np.array([*plan.describe_inputs(q, k, v, f), y.row]), plan.sizes(weight.shape[0]),
         plan.padded_weight(weight), plan.dense(initial_state), final, saved,
@@ -357,21 +231,9 @@ def forward(
     return y.result(), final, saved
 
 
-def backward(
-    dy: Tensor,
-    d_final: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    f: Tensor,
-    weight: Tensor,
-    initial_state: Tensor | None,
-    saved: Tensor,
-    cu_seqlens: Tensor | None,
-    state_clip: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v, f, the weight and the initial state, in the dtypes of these."""
-    plan = _plan(q, k, v, f, weight, cu_seqlens)
+def backward(problem: Problem, saved: Tensor, dy: Tensor, d_final: Tensor | None) -> Gradients:
+    q, k, v, f, weight, initial_state, _, state_clip = problem
+    plan = _plan(problem)
     gradients = [
         _Output(plan, x.shape, x.dtype, by_row=by_row) for x, by_row in ((q, True), (k, True), (v, False), (f, False))
     ]
@@ -401,5 +263,5 @@ def tanh(x: np.ndarray) -> np.ndarray:
     padded = np.zeros(round_up(x.size, layout.VECTOR_BYTES // x.itemsize), x.dtype)
     padded[: x.size] = x.ravel()
     out = np.empty_like(padded)
-    kernel("apply_tanh", 8 * x.itemsize)(_address(padded), _address(out), padded.size)
+    kernel("apply_tanh", 8 * x.itemsize)(address(padded), address(out), padded.size)
     return out[: x.size].reshape(x.shape)

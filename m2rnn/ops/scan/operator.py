@@ -1,40 +1,17 @@
-"""The public operator: what it computes, validation, backend choice, registration with PyTorch, autograd.
+"""The public operator: what it computes, validation, registration with PyTorch, autograd.
 
 ``m2rnn::scan`` and ``m2rnn::scan_backward`` are the registered operators; every backend stands behind these two.
 """
 
-import importlib
-import importlib.util
-import itertools
-import os
-import warnings
-from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, library
-from torch.autograd import forward_ad
 
-from m2rnn.ops.backends.shapes import (
-    CUDA_CHUNK,
-    TRITON_CHUNK,
-    chunk_length,
-    cuda_parts,
-    cuda_width,
-    head_count,
-    output_dtype,
-    saved_states,
-    state_dtype,
-)
-from m2rnn.ops.scan import cuda, reference
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-IMPORTED_IN = os.getpid()  #: the process that imported this; another one was forked from it
-_BACKENDS = ("reference", "cpu", "triton", "cuda")
-_PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "meta": ("reference",)}  # by device, the fastest first
-_TRITON_FIRST = _PREFERRED | {"cuda": ("triton", "cuda")}
+from m2rnn.ops.backends.checks import DTYPES, refuse_forward_mode, validate_clip, validate_offsets, validate_packing
+from m2rnn.ops.backends.choice import why_unavailable
+from m2rnn.ops.backends.dtypes import state_dtype
+from m2rnn.ops.scan.problem import BACKENDS, Problem
 
 
 def m2rnn_scan(
@@ -151,112 +128,9 @@ def _apply(
     return y, final_state
 
 
-def refuse_forward_mode(operator: str, inputs: Iterable[Tensor | None]) -> None:
-    """Raise if an input carries a tangent, as under ``torch.func.jvp``: the operators would drop it, and return 0."""
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
-        raise NotImplementedError(
-            f"{operator} has no forward-mode derivative (torch.func.jvp and jacfwd): take torch.autograd.grad"
-        )
-
-
 def available_backends() -> dict[str, str | None]:
     """Every backend by name, with None if it can run here or else the reason why it cannot."""
-    return {name: why_unavailable(name) for name in _BACKENDS}
-
-
-@lru_cache
-def why_unavailable(backend: str) -> str | None:
-    match backend:
-        case "cpu":
-            return None if importlib.util.find_spec("numba") else "numba is not installed: pip install numba"
-        case "triton":
-            if importlib.util.find_spec("triton") is None:
-                return "triton is not installed: pip install triton"
-            return None if triton_is_interpreted() or torch.cuda.is_available() else "no GPU that PyTorch can use"
-        case "cuda":
-            return cuda.why_unavailable()
-    return None
-
-
-def triton_is_interpreted() -> bool:
-    """Triton's own switch, which it reads when it is imported: kernels run in Python, on CPU tensors too."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _why_not(backend: str, q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor) -> str | None:
-    """Why a backend cannot run on tensors of these devices, dtypes and channels, or None if it can."""
-    if (reason := why_unavailable(backend)) is not None or backend == "reference" or q.is_meta:
-        return reason
-    match backend, q.device.type:
-        case ("cpu", "cpu"):
-            return None
-        case ("triton", "cuda"):
-            widest, why = _triton_limit(q.device, state_dtype(q, k, v, f, weight))
-            return f"V is {v.shape[-1]}, {why}" if v.shape[-1] > widest else None
-        case ("triton", "cpu") if triton_is_interpreted():
-            return None
-        case ("cuda", "cuda"):
-            return cuda.why_not(q, k, v, f, weight)
-    return f"the tensors are on {q.device.type}"
-
-
-@lru_cache
-def _triton_limit(device: torch.device, dtype: torch.dtype) -> tuple[int, str]:
-    """The largest V that the Triton kernels take on a GPU, whose chip has to hold W and its gradient, and why."""
-    gpu = torch.cuda.get_device_properties(device)
-    if torch.version.hip is None and gpu.major < 8:
-        return 0, f"and {gpu.name} has compute capability {gpu.major}.{gpu.minor}: Triton needs 8.0"
-    roomy = dtype == torch.float32 and getattr(gpu, "shared_memory_per_block_optin", 0) >= 160 << 10
-    widest = 128 if roomy else 64
-    return widest, f"and the Triton kernels take up to {widest} on {gpu.name} with a {str(dtype)[6:]} state"
-
-
-@lru_cache
-def _warn_fallback(operator: str, backend: str, device: str, reason: str) -> None:
-    """Warns once for each reason: the cache remembers."""
-    what = "the slow reference loop" if backend == "reference" else f"its {backend} kernels, not the fastest,"
-    warnings.warn(f"{operator} runs {what} on {device} tensors: {reason}", stacklevel=5)
-
-
-def choose_backend(
-    operator: str,
-    backend: str | None,
-    device: str,
-    preferred: Mapping[str, tuple[str, ...]],
-    why_not: Callable[[str], str | None],
-) -> str:
-    """``backend`` if it can run, else an error; for None the first that can of those ``preferred`` on the device."""
-    if backend is not None:
-        if (reason := why_not(backend)) is not None:
-            raise ValueError(f"backend={backend!r} cannot run: {reason}")
-        return backend
-    reasons = []
-    for name in preferred.get(device, ()):
-        if (reason := why_not(name)) is None:
-            break
-        reasons.append(reason)
-    else:
-        name = "reference"
-        reasons = list(dict.fromkeys(reasons)) or [f"there is no kernel for {device}"]
-    if reasons:
-        _warn_fallback(operator, name, device, "; ".join(reasons))
-    return name
-
-
-def _resolve(backend: str | None, q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor) -> str:
-    """The backend for these tensors; raises if the one asked for cannot run on them."""
-    # W and the state of a wide head leave the CUDA kernels too few registers, and one token too little to do
-    preferred = _PREFERRED
-    if q.device.type == "cuda" and output_dtype(q, k, v).itemsize == 2 and (v.shape[-1] > 32 or q.shape[1] == 1):
-        preferred = _TRITON_FIRST
-    return choose_backend(
-        "m2rnn_scan", backend, q.device.type, preferred, lambda name: _why_not(name, q, k, v, f, weight)
-    )  # fmt: skip
-
-
-def _kernels(backend: str) -> ModuleType:
-    """The module of a backend other than the reference: imported when it runs, since compilers take a while."""
-    return importlib.import_module(f"m2rnn.ops.scan.{backend}")
+    return {name: why_unavailable(name) for name in BACKENDS.modules}
 
 
 # ---------------------------------------------------------------------------------------------------- validation
@@ -275,8 +149,7 @@ def _validate(
     state_name: str = "initial_state",
 ) -> None:
     """What shapes, dtypes and devices can tell. For ``m2rnn_step`` the tensors come without T."""
-    if backend is not None and backend not in _BACKENDS:
-        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, _BACKENDS))} or None")
+    BACKENDS.check_name(backend)
     step = state_name == "state"
     lead = "B" if step else "B, T"
     layouts = {
@@ -336,40 +209,6 @@ def _validate(
     validate_clip(state_clip)
 
 
-def validate_packing(cu_seqlens: Tensor | None, x: Tensor, name: str) -> int:
-    """The number of sequences in an input [B, T, ...] of this name; raises if ``cu_seqlens`` cannot pack them."""
-    if cu_seqlens is None:
-        return x.shape[0]
-    if not isinstance(cu_seqlens, Tensor):
-        raise ValueError(f"cu_seqlens is a {type(cu_seqlens).__name__}, expected a tensor [sequences + 1]")
-    shape = list(cu_seqlens.shape)
-    if len(shape) != 1 or shape[0] < 1:
-        raise ValueError(f"cu_seqlens has shape {shape}, expected [sequences + 1]")
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"cu_seqlens has dtype {cu_seqlens.dtype}, expected int32 or int64")
-    if cu_seqlens.device != x.device:
-        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, expected {x.device} like {name}")
-    if x.shape[0] != 1:
-        raise ValueError(f"{name} has shape {list(x.shape)}, expected B = 1 when cu_seqlens packs the sequences")
-    return shape[0] - 1
-
-
-def validate_clip(state_clip: float | None) -> None:
-    if state_clip is not None and not (isinstance(state_clip, int | float) and state_clip > 0):
-        kind = type(state_clip).__name__
-        raise ValueError(f"state_clip is {state_clip!r} ({kind}), expected a positive number or None")
-
-
-def validate_offsets(cu_seqlens: Tensor | None, steps: int) -> None:
-    """What needs the values of ``cu_seqlens``, and so happens inside the operator, where a compiler does not look."""
-    if cu_seqlens is None or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return
-    offsets = cu_seqlens.tolist()
-    if offsets[0] != 0 or offsets[-1] != steps or any(a > b for a, b in itertools.pairwise(offsets)):
-        shown = offsets if len(offsets) <= 8 else [*offsets[:4], "...", *offsets[-3:]]
-        raise ValueError(f"cu_seqlens is {shown}, expected offsets that rise from 0 to T = {steps}")
-
-
 # ---------------------------------------------------------------------------------------- operators and autograd
 
 
@@ -405,13 +244,9 @@ def _scan(
     """``(y, final state, states saved for the backward pass if save)``."""
     if check_offsets:
         validate_offsets(cu_seqlens, q.shape[1])
-    match _resolve(backend, q, k, v, f, weight):
-        case "reference":
-            with torch.no_grad():
-                y, final = reference.scan(q, k, v, f, weight, initial_state, cu_seqlens)
-            return y, final.clone(), final.new_empty(0)
-        case name:
-            return _kernels(name).forward(q, k, v, f, weight, initial_state, cu_seqlens, save)  # type: ignore[no-any-return]
+    problem = Problem(q, k, v, f, weight, initial_state, cu_seqlens, state_clip)
+    y, final, saved = BACKENDS.module(BACKENDS.choose(backend, problem)).forward(problem, save)
+    return y, final, final.new_empty(0) if saved is None else saved
 
 
 @library.register_fake("m2rnn::scan", lib=_LIBRARY)
@@ -428,26 +263,9 @@ def _scan_fake(
     backend: str | None,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    heads = head_count(q, k, v, f, weight)
-    dtype = state_dtype(q, k, v, f, weight)
-    state = (heads, q.shape[3], v.shape[3])
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    y = v.new_empty(*q.shape[:2], heads, v.shape[3], dtype=output_dtype(q, k, v))
-    final = q.new_empty(sequences, *state, dtype=dtype)
-    name = _resolve(backend, q, k, v, f, weight)
-    if name == "reference":
-        return y, final, final.new_empty(0)
-    count = 0
-    if save:  # a chunk length that depends on T binds an exported program to a range of T
-        chunk = {"cuda": CUDA_CHUNK, "triton": TRITON_CHUNK}.get(name) or chunk_length(q.shape[1])
-        # CUDA's chunks start at multiples of their length, packed or not; the others' where a sequence starts
-        packed = cu_seqlens is not None and name != "cuda"
-        count = saved_states(q.shape[0], q.shape[1], packed, chunk)
-    if name == "cuda":
-        parts = cuda_parts(y.dtype, q.shape[1], cu_seqlens)
-        saved_dtype = y.dtype if parts == 1 else dtype
-        return y, final, final.new_empty(count, *state[:2], cuda_width(state[2]), dtype=saved_dtype)
-    return y, final, final.new_empty(count, *state)
+    problem = Problem(q, k, v, f, weight, initial_state, cu_seqlens, state_clip)
+    module, final = BACKENDS.module(BACKENDS.choose(backend, problem)), problem.new_states(problem.sequences)
+    return problem.new_y(), final, module.saved_like(problem) if save else final.new_empty(0)
 
 
 @library.impl(_LIBRARY, "scan_backward", "CompositeExplicitAutograd")
@@ -466,19 +284,12 @@ def _scan_backward(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, f, the weight and the initial state (empty if there is none)."""
+    problem = Problem(q, k, v, f, weight, initial_state, cu_seqlens, state_clip)
     if dy is None:
-        heads = head_count(q, k, v, f, weight)
-        dy = v.new_zeros(*q.shape[:2], heads, v.shape[3], dtype=output_dtype(q, k, v))
-    match _resolve(backend, q, k, v, f, weight):
-        case "reference":
-            *gradients, d_initial = reference.scan_backward(
-                dy, d_final, q, k, v, f, weight, initial_state, cu_seqlens, state_clip
-            )
-        case name:
-            *gradients, d_initial = _kernels(name).backward(
-                dy, d_final, q, k, v, f, weight, initial_state, saved, cu_seqlens, state_clip
-            )
-    return *gradients, q.new_empty(0) if d_initial is None else d_initial  # type: ignore[return-value]
+        dy = problem.new_y().zero_()
+    module = BACKENDS.module(BACKENDS.choose(backend, problem))
+    *gradients, d_initial = module.backward(problem, saved, dy, d_final)
+    return *gradients, q.new_empty(0) if d_initial is None else d_initial
 
 
 @library.register_fake("m2rnn::scan_backward", lib=_LIBRARY)

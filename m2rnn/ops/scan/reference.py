@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m2rnn.ops.backends.shapes import head_count, output_dtype, state_dtype
+from m2rnn.ops.backends.dtypes import promoted_dtype, state_dtype
+from m2rnn.ops.scan.problem import Gradients, Problem
 
 
 def repeat_heads(x: Tensor, heads: int, dim: int = 2) -> Tensor:
@@ -80,7 +81,7 @@ def scan(
     state_clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(y, final_state)``; arguments as for ``m2rnn_scan``."""
-    heads, dtype = head_count(q, k, v, f, weight), state_dtype(q, k, v, f, weight)
+    heads, dtype = Problem(q, k, v, f, weight).heads, state_dtype(q, k, v, f, weight)
     inputs_BTHX = [repeat_heads(x.to(dtype), heads) for x in (q, k, v, f)]
     weight_HVV = repeat_heads(weight.to(dtype), heads, 0)
     if initial_state is None:
@@ -98,7 +99,7 @@ def scan(
                     state_BHKV = ClampGradient.apply(state_BHKV, state_clip)  # type: ignore[no-untyped-call]
             finals.append(state_BHKV)
     y_BTHV = torch.stack(outputs, 1) if outputs else q.new_zeros(*q.shape[:2], heads, v.shape[3])
-    return y_BTHV.to(output_dtype(q, k, v)), torch.cat(finals) if finals else state_NHKV
+    return y_BTHV.to(promoted_dtype((q, k, v))), torch.cat(finals) if finals else state_NHKV
 
 
 def scan_backward(
@@ -122,7 +123,7 @@ def scan_backward(
         c_{t-1} = f_t G_t + dX_t Wᵀ
         dW += H_{t-1}ᵀ dX_t · dk_t = dX_t v_t · dv_t = dX_tᵀ k_t · dq_t = H_t dy_t · df_t = Σ G_t ⊙ (H_{t-1} - Z_t)
     """
-    heads, dtype = head_count(q, k, v, f, weight), state_dtype(q, k, v, f, weight)
+    heads, dtype = Problem(q, k, v, f, weight).heads, state_dtype(q, k, v, f, weight)
     q_BTHK, k_BTHK, v_BTHV, f_BTH = (repeat_heads(x.to(dtype), heads) for x in (q, k, v, f))
     weight_HVV, dy_BTHV = repeat_heads(weight.to(dtype), heads, 0), dy.to(dtype)
     start = _zero_state(q, v, heads, cu_seqlens, dtype) if initial_state is None else initial_state.to(dtype)
@@ -161,3 +162,26 @@ def scan_backward(
     dq, dk, dv, df = (sum_heads(grad, x) for grad, x in inputs)
     d_initial = None if initial_state is None else d_start.to(initial_state.dtype)
     return dq, dk, dv, df, sum_heads(dweight_HVV, weight, 0), d_initial
+
+
+# ---------------------------------------------------------------------------------------- as a backend of the operator
+
+
+def why_not(problem: Problem) -> str | None:
+    """It takes everything."""
+    return None
+
+
+def saved_like(problem: Problem) -> Tensor:
+    """Nothing: the backward pass computes all states again."""
+    return problem.q.new_empty(0, dtype=problem.state_dtype)
+
+
+def forward(problem: Problem, save: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    with torch.no_grad():
+        y, final = scan(*problem._replace(state_clip=None))
+    return y, final.clone(), saved_like(problem) if save else None
+
+
+def backward(problem: Problem, saved: Tensor, dy: Tensor, d_final: Tensor | None) -> Gradients:
+    return scan_backward(dy, d_final, *problem)

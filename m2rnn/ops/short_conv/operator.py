@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from m2rnn.ops.scan.operator import refuse_forward_mode, triton_is_interpreted, why_unavailable
+from m2rnn.ops.backends.checks import refuse_forward_mode
+from m2rnn.ops.backends.choice import triton_is_interpreted, why_unavailable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 8  # taps at most: their sums, and the inputs that they see, live in registers

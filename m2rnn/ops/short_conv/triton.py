@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m2rnn.ops.scan.triton import NVIDIA, on_device_of
+from m2rnn.ops.backends.triton import NVIDIA, on_device_of
 
 CHANNELS = 64  # of a program: a row of its tile is a whole cache line in 16 bits
 SEGMENT = 32  # steps that a row walks through

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m2rnn.ops.scan.triton import on_device_of
+from m2rnn.ops.backends.triton import on_device_of
 from m2rnn.ops.singular_values.operator import LIFT, LIFT_STEPS, ROOT_STEPS, SIGN_STEPS
 
 WARPS = 4

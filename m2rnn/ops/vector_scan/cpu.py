@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from m2rnn.ops.backends.choice import why_not_on_device
 from m2rnn.ops.backends.cpu import layout as layout
-from m2rnn.ops.backends.shapes import promoted_dtype, state_dtype
-from m2rnn.ops.scan.cpu import DTYPE_CODES, round_up, run_units
+from m2rnn.ops.backends.threads import DTYPE_CODES, round_up, run_units
+from m2rnn.ops.vector_scan.problem import Gradients, Problem
 
 UNITS = 16  # pieces to cut the work into, if there are so many: more leave fewer heads to each
 STEPS = 16  # staged at a time
@@ -22,10 +23,9 @@ TILE = 8  # sequences
 class _Plan:
     """How one problem is cut up: all of it follows from shapes and ``cu_seqlens`` alone."""
 
-    def __init__(self, inputs: list[Tensor], weights: list[Tensor], cu_seqlens: Tensor | None):
-        x = inputs[0]
-        batch, steps, self.heads, self.count = x.shape
-        self.matrices, self.dtype = len(inputs), state_dtype(*inputs, *weights)
+    def __init__(self, problem: Problem):
+        batch, steps, self.heads, self.count = problem.inputs[0].shape
+        self.matrices, self.dtype, cu_seqlens = len(problem.inputs), problem.state_dtype, problem.cu_seqlens
         self.width = round_up(self.count, layout.VECTOR_BYTES // self.dtype.itemsize)
         if cu_seqlens is None:
             starts, lengths, rows = np.zeros(batch, np.int64), np.full(batch, steps, np.int64), np.arange(batch)
@@ -72,13 +72,13 @@ class _Plan:
         return None if x is None else x.detach().to(self.dtype).contiguous()
 
 
-def forward(
-    inputs: list[Tensor], weights: list[Tensor], initial_state: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """``(y, final state)``."""
-    plan = _Plan(inputs, weights, cu_seqlens)
-    y = torch.empty(inputs[0].shape, dtype=promoted_dtype(inputs))
-    final = torch.empty(len(plan.sequences), plan.heads, plan.count, dtype=plan.dtype)
+def why_not(problem: Problem) -> str | None:
+    return why_not_on_device("cpu", problem.device)
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    inputs, weights, initial_state, _, _ = problem
+    plan, y, final = _Plan(problem), problem.new_y(), problem.new_state()
     run_units(
         "rnn_forward", plan.dtype, plan.scratch_size(backward=False), plan.units,
         np.array([*plan.describe_inputs(inputs), plan.describe(y)]), plan.sequences, plan.sizes,
@@ -87,18 +87,9 @@ def forward(
     return y, final
 
 
-def backward(
-    dy: Tensor,
-    d_final: Tensor | None,
-    inputs: list[Tensor],
-    weights: list[Tensor],
-    initial_state: Tensor | None,
-    y: Tensor,
-    cu_seqlens: Tensor | None,
-    state_clip: float | None,
-) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
-    """Gradients of the inputs, the weights and the initial state, in the dtypes of these."""
-    plan = _Plan(inputs, weights, cu_seqlens)
+def backward(problem: Problem, y: Tensor, dy: Tensor, d_final: Tensor | None) -> Gradients:
+    inputs, weights, initial_state, _, state_clip = problem
+    plan = _Plan(problem)
     d_inputs = [torch.empty(x.shape, dtype=x.dtype) for x in inputs]
     d_initial = None if initial_state is None else torch.empty(initial_state.shape, dtype=plan.dtype)
     padded = plan.padded(weights)

@@ -8,9 +8,10 @@ Sequences come longest first, so that those of a tile that have a step are its f
 
 from m2rnn.ops.backends.cpu import layout as layout
 from m2rnn.ops.backends.cpu import simd
+from m2rnn.ops.backends.cpu.jit import inline, outlined
 from m2rnn.ops.backends.cpu.layout import ROWS
 from m2rnn.ops.backends.cpu.simd import element, exists, fma, fnma, lanes_of, load, offset, put, store, tanh, zeros_like
-from m2rnn.ops.scan.cpu_kernels import inline, outlined, product, stage, store_rows, table_row, unstage
+from m2rnn.ops.backends.cpu.staging import product, stage, store_rows, table_row, unstage
 
 
 @inline

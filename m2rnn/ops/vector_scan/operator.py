@@ -4,29 +4,14 @@ Both are one operator, ``m2rnn::vector_scan``, with one input and weight or thre
 step, so the backward pass reads that and nothing else is saved.
 """
 
-import importlib
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, library
 
-from m2rnn.ops.backends.shapes import promoted_dtype, state_dtype
-from m2rnn.ops.scan.operator import (
-    DTYPES,
-    choose_backend,
-    refuse_forward_mode,
-    triton_is_interpreted,
-    validate_clip,
-    validate_offsets,
-    validate_packing,
-    why_unavailable,
-)
-from m2rnn.ops.vector_scan import reference as rnn_reference
-
-_BACKENDS = ("reference", "cpu", "triton")
-TRITON_UNITS = 64  # V at most in the Triton kernels, whose W and gradients of W live in registers; half in float64
-_PREFERRED = {"cpu": ("cpu",), "cuda": ("triton",), "meta": ("reference",)}  # by device, the fastest first
+from m2rnn.ops.backends.checks import DTYPES, refuse_forward_mode, validate_clip, validate_offsets, validate_packing
+from m2rnn.ops.backends.dtypes import state_dtype
+from m2rnn.ops.vector_scan.problem import BACKENDS, Problem
 
 
 def rnn_scan(
@@ -154,8 +139,7 @@ def _validate(
     backend: str | None,
 ) -> None:
     """What shapes, dtypes and devices can tell."""
-    if backend is not None and backend not in _BACKENDS:
-        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, _BACKENDS))} or None")
+    BACKENDS.check_name(backend)
     x = inputs["x"]
     layouts = dict.fromkeys(inputs, "[B, T, heads, V]") | dict.fromkeys(weights, "[heads, V, V]")
     tensors = inputs | weights
@@ -188,36 +172,6 @@ def _validate(
     validate_clip(state_clip)
 
 
-def _resolve(backend: str | None, inputs: list[Tensor], weights: list[Tensor]) -> str:
-    """The backend for these tensors; raises if the one asked for cannot run on them."""
-    x, dtype = inputs[0], state_dtype(*inputs, *weights)
-    return choose_backend(
-        "the vector recurrence", backend, x.device.type, _PREFERRED, lambda name: _why_not(name, x, dtype)
-    )  # fmt: skip
-
-
-def _why_not(backend: str, x: Tensor, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot run on inputs like ``x`` with a state of ``dtype``, or None if it can."""
-    if (reason := why_unavailable(backend)) is not None or backend == "reference" or x.is_meta:
-        return reason
-    match backend, x.device.type:
-        case ("cpu", "cpu"):
-            return None
-        case ("triton", "cuda") if torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
-            return f"{torch.cuda.get_device_name(x.device)} is too old for Triton, which needs compute capability 8.0"
-        case ("triton", "cuda"):
-            widest = TRITON_UNITS // (dtype.itemsize // 4)
-            return f"V is {x.shape[3]}, and the Triton kernels take up to {widest}" if x.shape[3] > widest else None
-        case ("triton", "cpu") if triton_is_interpreted():
-            return None
-    return f"the tensors are on {x.device.type}"
-
-
-def _kernels(backend: str) -> ModuleType:
-    """The module of a backend other than the reference: imported when it runs, since compilers take a while."""
-    return importlib.import_module(f"m2rnn.ops.vector_scan.{backend}")
-
-
 # ---------------------------------------------------------------------------------------- operators and autograd
 
 
@@ -247,13 +201,8 @@ def _scan(
     """``(y, final state)``."""
     if check_offsets:
         validate_offsets(cu_seqlens, inputs[0].shape[1])
-    match _resolve(backend, inputs, weights):
-        case "reference":
-            with torch.no_grad():
-                y, final = rnn_reference.scan(inputs, weights, initial_state, cu_seqlens)
-            return y, final.clone()
-        case name:
-            return _kernels(name).forward(inputs, weights, initial_state, cu_seqlens)  # type: ignore[no-any-return]
+    problem = Problem(inputs, weights, initial_state, cu_seqlens, state_clip)
+    return BACKENDS.module(BACKENDS.choose(backend, problem)).forward(problem)  # type: ignore[no-any-return]
 
 
 @library.register_fake("m2rnn::vector_scan", lib=_LIBRARY)
@@ -266,10 +215,8 @@ def _scan_fake(
     state_clip: float | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    x = inputs[0]
-    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final = x.new_empty(sequences, *x.shape[2:], dtype=state_dtype(*inputs, *weights))
-    return x.new_empty(x.shape, dtype=promoted_dtype(inputs)), final
+    problem = Problem(inputs, weights, initial_state, cu_seqlens, state_clip)
+    return problem.new_y(), problem.new_state()
 
 
 @library.impl(_LIBRARY, "vector_scan_backward", "CompositeExplicitAutograd")
@@ -287,14 +234,9 @@ def _scan_backward(
     """Gradients of the inputs, the weights and the initial state (empty if there is none)."""
     if dy is None:
         dy = torch.zeros_like(y)
-    match _resolve(backend, inputs, weights):
-        case "reference":
-            backward = rnn_reference.scan_backward
-        case name:
-            backward = _kernels(name).backward
-    d_inputs, d_weights, d_initial = backward(
-        dy, d_final, inputs, weights, initial_state, y, cu_seqlens, state_clip
-    )  # fmt: skip
+    problem = Problem(inputs, weights, initial_state, cu_seqlens, state_clip)
+    module = BACKENDS.module(BACKENDS.choose(backend, problem))
+    d_inputs, d_weights, d_initial = module.backward(problem, y, dy, d_final)
     return d_inputs, d_weights, y.new_empty(0) if d_initial is None else d_initial
 
 

@@ -17,8 +17,9 @@ Dimensions, as they appear in names such as ``state_HBV``: B batch · T time · 
 import torch
 from torch import Tensor
 
-from m2rnn.ops.backends.shapes import promoted_dtype, state_dtype
+from m2rnn.ops.backends.dtypes import promoted_dtype, state_dtype
 from m2rnn.ops.scan.reference import ClampGradient, sequences_of
+from m2rnn.ops.vector_scan.problem import Gradients, Problem
 
 
 def _zero_state(x: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -134,3 +135,22 @@ def scan_backward(
     d_inputs = [d.to(x.dtype) for d, x in zip(d_inputs_BTHV, inputs, strict=True)]
     d_weights = [d.to(weight.dtype) for d, weight in zip(d_weights_HVV, weights, strict=True)]
     return d_inputs, d_weights, None if initial_state is None else d_start.to(initial_state.dtype)
+
+
+# ---------------------------------------------------------------------------------------- as a backend of the operator
+
+
+def why_not(problem: Problem) -> str | None:
+    """It takes everything."""
+    return None
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        y, final = scan(*problem._replace(state_clip=None))
+    return y, final.clone()
+
+
+def backward(problem: Problem, y: Tensor, dy: Tensor, d_final: Tensor | None) -> Gradients:
+    inputs, weights, initial_state, cu_seqlens, state_clip = problem
+    return scan_backward(dy, d_final, inputs, weights, initial_state, y, cu_seqlens, state_clip)

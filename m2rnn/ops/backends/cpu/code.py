@@ -63,7 +63,7 @@ def _features() -> str:
 
 def _compile(name: str, bits: int) -> bytes:
     """The object file of a kernel, which calls nothing but C's own library."""
-    from m2rnn.ops.scan.cpu_kernels import compile_kernel
+    from m2rnn.ops.backends.cpu.jit import compile_kernel
 
     source, arguments = KERNELS[name]
     text, function = compile_kernel(getattr(importlib.import_module(f"m2rnn.ops.{source}"), name), arguments, bits)

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from m2rnn.ops.backends.choice import why_not_on_device
 from m2rnn.ops.backends.cuda.compiler import cubin
 from m2rnn.ops.backends.cuda.driver import Kernel
-from m2rnn.ops.backends.shapes import CUDA_CHUNK as CHUNK
-from m2rnn.ops.backends.shapes import cuda_parts, cuda_width, head_count, output_dtype
+from m2rnn.ops.scan.problem import Gradients, Problem, states_between_chunks
 
+CHUNK = 32  #: steps between saved states
 PAD = 8  # as in common.cuh
 FORWARD_SLICE, BACKWARD_SLICE = 256, 512  # steps of the shortest slice of time, long against a block's start
 # For sums of dq and dk over groups of heads. Sequences of a pack are worked on at once where all of their time fits.
@@ -134,22 +135,49 @@ def _kernel(name: str, variant: _Variant, device: int, shared_bytes: int = 0) ->
     return Kernel(code, f"m2rnn_{name}", variant.threads, max(shared_bytes, variant.shared_bytes(name)), device)
 
 
-def why_not(q: Tensor, k: Tensor, v: Tensor, f: Tensor, weight: Tensor) -> str | None:
-    """Why these kernels cannot take tensors of this device, dtype and shape, or None if they can."""
-    major, minor = torch.cuda.get_device_capability(q.device)
+def why_not(problem: Problem) -> str | None:
+    if (reason := why_not_on_device("cuda", problem.device)) is not None:
+        return reason
+    major, minor = torch.cuda.get_device_capability(problem.device)
     if major < 8:
-        gpu = torch.cuda.get_device_name(q.device)
+        gpu = torch.cuda.get_device_name(problem.device)
         return f"{gpu} has compute capability {major}.{minor}, and the CUDA kernels need 8.0"
-    if torch.float64 in (x.dtype for x in (q, k, v, f, weight)):
+    if problem.state_dtype == torch.float64:
         return "the CUDA kernels have a float32 state, not float64"
-    value_dim, dtype = v.shape[-1], output_dtype(q, k, v)
+    value_dim, dtype = problem.value_dim, problem.output_dtype
     if value_dim > 64:
         return f"V is {value_dim}, and the CUDA kernels take up to 64"
-    least = _Variant(cuda_width(value_dim), 1, 1, dtype, cuda_parts(dtype, 1))  # for sequences of any length
-    if least.shared_bytes("backward") > _gpu(q.device).shared_limit:
-        gpu = torch.cuda.get_device_name(q.device)
+    least = _Variant(_width(value_dim), 1, 1, dtype, _MOST_PARTS[dtype])  # for sequences of any length
+    if least.shared_bytes("backward") > _gpu(problem.device).shared_limit:
+        gpu = torch.cuda.get_device_name(problem.device)
         return f"V is {value_dim} in {str(dtype)[6:]}, for which {gpu} has too little shared memory"
     return None
+
+
+def saved_like(problem: Problem) -> Tensor:
+    """States [n, H, K, V], where ``backward`` starts its chunks, as wide as the kernels' V, or wider.
+
+    Chunks start at multiples of their length, whether sequences are packed or not.
+    """
+    count = states_between_chunks(problem.batch, problem.steps, CHUNK)
+    shape = count, problem.heads, problem.key_dim, _width(problem.value_dim)
+    return problem.q.new_empty(shape, dtype=problem.output_dtype if _parts(problem) == 1 else torch.float32)
+
+
+def _width(value_dim: int) -> int:
+    """V as the kernels have it: the next of 8, 16, 32 and 64."""
+    return next(width for width in (8, 16, 32, 64) if value_dim <= width)
+
+
+# How many bfloat16 numbers each number is the sum of in the kernels' matrix products
+_MOST_PARTS = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 3}
+
+
+def _parts(problem: Problem) -> int:
+    """One for bfloat16. But y of few steps (of a pack, on average) may be a sum that cancels: a second costs little."""
+    sequences = 1 if problem.cu_seqlens is None else problem.sequences
+    few = problem.steps <= CHUNK * sequences
+    return 1 if problem.output_dtype == torch.bfloat16 and not few else _MOST_PARTS[problem.output_dtype]
 
 
 def _aligned(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -243,40 +271,26 @@ def _row_groups(variant: _Variant, key_dim: int, shared_limit: int) -> list[slic
     return [slice(first, min(first + rows, key_dim)) for first in range(0, key_dim, rows)]
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    f: Tensor,
-    weight: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(y, final state, saved states)``: the saved states [n, H, K, V] are where ``backward`` starts its chunks."""
-    value_dim, missing = v.shape[3], cuda_width(v.shape[3]) - v.shape[3]
+def forward(problem: Problem, save: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    value_dim, missing = problem.value_dim, _width(problem.value_dim) - problem.value_dim
     if missing:
-        v, weight, initial_state = pad(v, (0, missing)), pad(weight, (0, missing) * 2), _pad(initial_state, missing)
-        y, final, saved = forward(q, k, v, f, weight, initial_state, cu_seqlens, save)
+        y, final, saved = forward(_padded(problem, missing), save)
         return y[..., :value_dim].contiguous(), final[..., :value_dim].contiguous(), saved
-    gpu, variant = _gpu(q.device), _variant(q, k, v, cu_seqlens)
-    groups = _row_groups(variant, q.shape[3], gpu.shared_limit)
+    gpu, variant = _gpu(problem.device), replace(_variant(problem), clip=False)
+    groups = _row_groups(variant, problem.key_dim, gpu.shared_limit)
     if len(groups) > 1:
-        parts = [forward(q[..., g], k[..., g], v, f, weight, _rows(initial_state, g), cu_seqlens, save) for g in groups]
+        parts = [forward(_of_rows(problem, rows), save) for rows in groups]
         ys, finals, saves = (list(x) for x in zip(*parts, strict=True))
-        return _sum_parts(ys), torch.cat(finals, 2), torch.cat(saves, 2)
+        return _sum_parts(ys), torch.cat(finals, 2), torch.cat(saves, 2) if save else None
 
-    heads, dtype = head_count(q, k, v, f, weight), output_dtype(q, k, v)
-    batch, steps, _, key_dim = q.shape
+    q, k, v, f, weight, initial_state, cu_seqlens, _ = problem
+    heads, dtype, batch, steps = problem.heads, problem.output_dtype, problem.batch, problem.steps
+    sequences, key_dim = problem.sequences, problem.key_dim
+    y, saved = problem.new_y(), saved_like(problem) if save else None
+    final = problem.new_states(sequences)
     q, k, v = (_aligned(x, dtype) for x in (q, k, v))
     f, weight = f.float(), weight.float().contiguous()
     initial, offsets = _dense(initial_state, torch.float32), _dense(cu_seqlens, torch.int64)
-    sequences = batch if offsets is None else len(offsets) - 1
-    state = (heads, key_dim, v.shape[3])
-    final = q.new_empty(sequences, *state, dtype=torch.float32)
-    y = q.new_empty(batch, steps, heads, v.shape[3])
-    count = batch * (max(steps - 1, 0) // CHUNK) if save else 0
-    saved = q.new_empty(count, *state, dtype=dtype if variant.parts == 1 else torch.float32)
 
     with torch.cuda.device(q.device):
         units = sequences * heads
@@ -293,46 +307,25 @@ def forward(
         finished = torch.zeros(units, dtype=torch.int32, device=q.device) if slices > 1 else None
         arguments = _Forward(
             *(_Strided.of(x, heads) for x in (q, k, v, f)),
-            *(_pointer(x) for x in (weight, initial, final, saved if count else None, y, offsets, finished)),
+            *(_pointer(x) for x in (weight, initial, final, saved, y, offsets, finished)),
             steps, length, heads, key_dim, heads // weight.shape[0], sequences,
         )  # fmt: skip
         _kernel("forward", variant, q.device.index)(slices * units, arguments, q.device)
     return y, final, saved
 
 
-def backward(
-    dy: Tensor,
-    d_final: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    f: Tensor,
-    weight: Tensor,
-    initial_state: Tensor | None,
-    saved: Tensor,
-    cu_seqlens: Tensor | None,
-    state_clip: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v, f, the weight and the initial state, in the dtypes of these."""
-    value_dim, missing = v.shape[3], cuda_width(v.shape[3]) - v.shape[3]
+def backward(problem: Problem, saved: Tensor, dy: Tensor, d_final: Tensor | None) -> Gradients:
+    value_dim, missing = problem.value_dim, _width(problem.value_dim) - problem.value_dim
     if missing:
-        dy, v, weight = pad(dy, (0, missing)), pad(v, (0, missing)), pad(weight, (0, missing) * 2)
-        d_final, initial_state = _pad(d_final, missing), _pad(initial_state, missing)
         dq, dk, dv, df, dweight, d_initial = backward(
-            dy, d_final, q, k, v, f, weight, initial_state, saved, cu_seqlens, state_clip
+            _padded(problem, missing), saved, pad(dy, (0, missing)), _pad(d_final, missing)
         )
         dv, dweight = dv[..., :value_dim].contiguous(), dweight[:, :value_dim, :value_dim].contiguous()
         return dq, dk, dv, df, dweight, None if d_initial is None else d_initial[..., :value_dim].contiguous()
-    gpu, single = _gpu(q.device), _variant(q, k, v, cu_seqlens, state_clip)
-    row_groups = _row_groups(single, q.shape[3], gpu.shared_limit)
+    gpu, single = _gpu(problem.device), _variant(problem)
+    row_groups = _row_groups(single, problem.key_dim, gpu.shared_limit)
     if len(row_groups) > 1:
-        parts = [
-            backward(
-                dy, _rows(d_final, g), q[..., g], k[..., g], v, f, weight, _rows(initial_state, g), saved[:, :, g],
-                cu_seqlens, state_clip,
-            )
-            for g in row_groups
-        ]  # fmt: skip
+        parts = [backward(_of_rows(problem, rows), saved[:, :, rows], dy, _rows(d_final, rows)) for rows in row_groups]
         dq, dk = (torch.cat(x, 3) for x in ([part[0] for part in parts], [part[1] for part in parts]))
         dv, df, dweight = (
             _sum_parts(x)
@@ -341,13 +334,13 @@ def backward(
         d_initials = [part[5] for part in parts if part[5] is not None]
         return dq, dk, dv, df, dweight, torch.cat(d_initials, 2) if d_initials else None
 
+    q, k, v, f, weight, initial_state, cu_seqlens, state_clip = problem
     inputs = (q, k, v, f, weight)
-    heads, dtype = head_count(*inputs), output_dtype(q, k, v)
-    batch, steps, _, key_dim = q.shape
+    heads, dtype, batch, steps = problem.heads, problem.output_dtype, problem.batch, problem.steps
+    sequences, key_dim = problem.sequences, problem.key_dim
     q, k, v, dy = (_aligned(x, dtype) for x in (q, k, v, dy))
     f, weight, saved = f.float(), weight.float().contiguous(), saved.contiguous()
     initial, offsets = _dense(initial_state, torch.float32), _dense(cu_seqlens, torch.int64)
-    sequences = batch if offsets is None else len(offsets) - 1
     if d_final is None:
         carry = q.new_zeros(sequences, heads, key_dim, value_dim, dtype=torch.float32)
     else:
@@ -410,11 +403,25 @@ def _window(steps: int, step_bytes: int, slice_length: int, limit: int) -> tuple
     return window, min(slice_length, window)
 
 
-def _variant(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, clip: float | None = None) -> _Variant:
+def _variant(problem: Problem) -> _Variant:
     """One head a block, all rows of its state."""
-    warps, dtype = -(-q.shape[3] // 16), output_dtype(q, k, v)
-    parts = cuda_parts(dtype, q.shape[1], cu_seqlens)
-    return _Variant(v.shape[3], warps, 1, dtype, parts, clip is not None)
+    warps, clip = -(-problem.key_dim // 16), problem.state_clip is not None
+    return _Variant(problem.value_dim, warps, 1, problem.output_dtype, _parts(problem), clip)
+
+
+def _of_rows(problem: Problem, rows: slice) -> Problem:
+    """The same for some rows of the state."""
+    q, k = problem.q[..., rows], problem.k[..., rows]
+    return problem._replace(q=q, k=k, initial_state=_rows(problem.initial_state, rows))
+
+
+def _padded(problem: Problem, missing: int) -> Problem:
+    """The same with columns of zeros, which stay zero and change nothing: tanh(0) = 0."""
+    return problem._replace(
+        v=pad(problem.v, (0, missing)),
+        weight=pad(problem.weight, (0, missing) * 2),
+        initial_state=_pad(problem.initial_state, missing),
+    )
 
 
 def _rows(state: Tensor | None, rows: slice) -> Tensor | None:
@@ -422,7 +429,6 @@ def _rows(state: Tensor | None, rows: slice) -> Tensor | None:
 
 
 def _pad(state: Tensor | None, missing: int) -> Tensor | None:
-    """Columns of zeros, which stay zero and change nothing: tanh(0) = 0."""
     return None if state is None else pad(state, (0, missing))
 
 
