@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from m2rnn.cli.errors import fail, user_errors
+from m2rnn.cli.errors import fail, interrupted_run, user_errors
 from m2rnn.cli.options import Device, OverwriteRun, RunFolder, numbers, same_command
 from m2rnn.runs.errors import SettingsError
 from m2rnn.tasks.settings import TrackSettings
@@ -105,7 +105,7 @@ def track(
         "seed": seed, "test_sequences": test_sequences,
     }  # fmt: skip
     again = same_command(overwrite)
-    with user_errors(interrupted=f"interrupted; {again} resumes the run in {out}"):
+    with user_errors(interrupted=lambda: _interrupted(again, out, compare or seeds)):
         lengths = numbers("test_lengths", test_lengths, "128,256,512")
         settings = TrackSettings(model=parse_overrides(model or []), test_lengths=lengths, **choices)
         several = None if compare is None and seeds is None else (_mixers(compare, mixer), _seeds(seeds, seed), jobs)
@@ -146,6 +146,10 @@ def _track(
     if failed:
         reasons = "".join(f"\n  {name}: {failure['reason']}" for name, failure in failed.items())
         fail(f"{len(failed)} runs failed (more in results.json); {again} tries them again:{reasons}", 1)
+
+
+def _interrupted(again: str, out: Path, several: str | None) -> str:
+    return f"interrupted; {again} resumes all runs in {out}" if several else interrupted_run(again, out)
 
 
 def _mixers(compare: str | None, mixer: str) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from m2rnn.cli.errors import fail, memory_that_lacked
+from m2rnn.cli.errors import fail, interrupted_run, memory_that_lacked
 from m2rnn.cli.options import OverwriteRun, same_command
 from m2rnn.runs.errors import SettingsError
 from m2rnn.runs.folder import RunFolderError
@@ -112,8 +112,8 @@ def _ends_in_one_line(settings: TrainSettings, out: Path | None, again: str, min
         why = "interrupted" if stopped.interrupted else f"stopped after {minutes:g} minutes"
         step = f"step {stopped.step:,} of {settings.steps:,} is saved"
         _end(f"{why}: {step}, and {again} goes on from it in {out}", 130 if stopped.interrupted else 0)
-    except KeyboardInterrupt:  # the second one
-        _end_alone(f"interrupted; {again} goes on from the last checkpoint in {out}", exit_code=130)
+    except KeyboardInterrupt:  # the second one, or one before the first step
+        _end_alone("interrupted" if out is None else interrupted_run(again, out), exit_code=130)
     except DataError as error:
         _end_alone(str(error), exit_code=2)
     except OSError as error:
