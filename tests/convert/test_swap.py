@@ -190,7 +190,7 @@ def test_a_saved_model_loads_as_it_was(family: str, tmp_path: Path) -> None:
     for name, parameter in loaded.named_parameters():
         assert torch.equal(parameter.double(), expected[name].double().to(parameter.dtype).double()), name
     assert m2rnn.swapped_parameters(loaded).keys() == m2rnn.swapped_parameters(model).keys()
-    assert {path.suffix for path in tmp_path.iterdir()} <= {".json", ".safetensors"}
+    assert {path.suffix for path in tmp_path.iterdir()} <= {".json", ".py", ".safetensors"}
 
     again = tmp_path / "again"
     loaded.save_pretrained(again)
