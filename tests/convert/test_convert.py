@@ -158,7 +158,7 @@ def test_the_layout_on_request_wins_over_the_config_and_goes_back(tmp_path: Path
     assert_same_bits(tensors_of(tmp_path / "back"), tensors)
 
 
-def test_a_model_trained_on_after_conversion_goes_back_with_its_new_weights_and_settings(tmp_path: Path) -> None:
+def test_a_model_trained_after_conversion_goes_back_with_new_weights_and_settings(tmp_path: Path) -> None:
     config = by_hand.config()
     by_hand.save(tmp_path / "theirs", config, by_hand.random_tensors(config))
     convert(tmp_path / "theirs", tmp_path / "ours")

@@ -283,7 +283,7 @@ def test_projections_and_gate_of_a_gated_deltanet_are_taken_over(family: str) ->
 
 @pytest.mark.parametrize("family", ["granite", "bamba", "nemotron_h"])
 @torch.no_grad()
-def test_a_mamba2_layer_with_slow_decay_and_small_inputs_is_the_same_function_up_to_the_norm(family: str) -> None:
+def test_a_mamba2_layer_of_slow_decay_and_small_inputs_is_the_same_up_to_the_norm(family: str) -> None:
     model, x = make(family), torch.randn(2, 12, 32, dtype=torch.float64)
     old = mixer_of(model, 0)
     old.conv1d.bias.zero_()

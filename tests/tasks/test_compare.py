@@ -65,7 +65,7 @@ def test_a_comparison_survives_a_failed_run_and_goes_on_with_it_alone(tmp_path, 
         compare(SETTINGS, MIXERS, [0], tmp_path)
 
 
-def test_an_interrupted_comparison_that_overwrites_another_goes_on_without_overwriting(tmp_path, monkeypatch):
+def test_an_interrupted_comparison_that_overwrites_goes_on_without_overwriting(tmp_path, monkeypatch):
     compare(SETTINGS, MIXERS, SEEDS, tmp_path)
     other = replace(SETTINGS, steps=3)
 
