@@ -1,5 +1,6 @@
 """The command line: help that is enough and fast, and no traceback for a user's mistake."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typer.testing import CliRunner, Result
 from m2rnn import cli
 from m2rnn.tasks.settings import TrackSettings
 from m2rnn.training.train_settings import TrainSettings
+from tests.golden.shared import DATA, commands, read_json
 
 ROOT = Path(__file__).parent.parent
 QUICK = [
@@ -45,8 +47,15 @@ def run(*arguments: object) -> Result:
             "prepare",
             ["--out", "--tokenizer", "--valid-fraction", "--field", "--separator", "--on-error", "--processes"],
         ),
-        ("eval", ["--data", "--context", "--windows", "--stride", "--train-length", "--join", "--segment", "--dtype"]),
-        ("eval", ["--tasks", "--include-path", "--limit", "--num-fewshot", "--max-length", "--batch", "--json"]),
+        ("eval", ["text", "tasks"]),
+        (
+            "eval text",
+            ["--data", "--context", "--windows", "--stride", "--train-length", "--join", "--segment", "--dtype"],
+        ),
+        (
+            "eval tasks",
+            ["--tasks", "--context", "--include-path", "--limit", "--num-fewshot", "--max-length", "--batch", "--json"],
+        ),
         ("generate", ["prompt", "--file", "--prompts", "--max-new-tokens", "--temperature", "--seed", "--no-static"]),
         ("bench op", ["--out", "--shapes", "--backends", "--quick", "--no-sweep", "--device"]),
     ],
@@ -237,3 +246,49 @@ def test_the_documentation_shows_the_table(size):
     documented = (ROOT / "docs" / "models.md").read_text(encoding="utf-8").splitlines()
     for line in presets("--filter", size).stdout.splitlines():
         assert f"    {line}".rstrip() in documented
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["--data", "corpus.txt"], "text"),
+        (["--data=corpus.txt"], "text"),
+        (["--tasks", "hellaswag"], "tasks"),
+        (["--tasks=hellaswag"], "tasks"),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_the_old_spelling_of_eval_works_and_says_so_once(tmp_path, arguments, meant, first):
+    given = [*arguments, str(tmp_path)] if first else [str(tmp_path), *arguments]
+    old = CliRunner().invoke(cli.app, ["eval", *given, "--batch", "0"])
+    new = CliRunner().invoke(cli.app, ["eval", meant, *given, "--batch", "0"])
+    note, *rest = old.stderr.splitlines()
+    assert note == f"m2rnn: 'm2rnn eval MODEL' has become two commands; this one is now 'm2rnn eval {meant}'"
+    assert rest == new.stderr.splitlines()
+    assert rest in (["m2rnn: batch 0: expected at least 1"], ["m2rnn: tasks need lm-eval: pip install 'm2rnn[eval]'"])
+    assert (old.exit_code, old.stdout) == (new.exit_code, new.stdout) == (2, "")
+
+
+def test_every_option_of_the_old_eval_is_one_of_the_new_commands_with_its_default():
+    old, new = read_json(DATA / "commands.json")["eval"], commands()
+    text, tasks = new["eval text"], new["eval tasks"]
+    meant = {"--data": "required", "--tasks": "required", "--context": "'1024'"}  # those that say more than None did
+    for option, default in old.items():
+        found = {today[option] for today in (text, tasks) if option in today}
+        assert meant.get(option, default) in found, option
+    assert text["--batch"] == "None"
+    assert tasks["--batch"] == "8"
+
+
+@pytest.mark.parametrize("arguments", [["a"], ["a", "--data", "b", "--tasks", "c"]])
+def test_an_old_eval_without_one_of_text_and_tasks_names_both_commands(arguments):
+    done = CliRunner().invoke(cli.app, ["eval", *arguments])
+    assert done.exit_code == 2
+    assert done.stderr == "m2rnn: expected m2rnn eval text MODEL --data …, or m2rnn eval tasks MODEL --tasks …\n"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "m2rnn/cli").glob("*.py")), ids=lambda path: path.stem)
+def test_no_function_of_the_command_line_has_more_than_sixty_lines(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name

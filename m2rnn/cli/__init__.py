@@ -26,12 +26,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "presets": presets,
     "prepare": prepare,
     "convert": convert,
-    "eval": evaluate,
     "generate": generate,
 }
 app.command("train", epilog=settings_help())(train)
 for name, command in COMMANDS.items():
     app.command(name)(command)
+app.add_typer(evaluate, name="eval")
 app.add_typer(bench, name="bench")
 
 

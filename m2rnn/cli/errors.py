@@ -1,13 +1,14 @@
 """How a command ends when something is wrong: one line, an exit status, no traceback."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import typer
 
 from m2rnn.runs.errors import SettingsError
-from m2rnn.runs.folder import RunFolderError
+from m2rnn.runs.folder import RunFolderError, saved_step
 
 
 def fail(message: str, exit_code: int) -> NoReturn:
@@ -18,13 +19,16 @@ def fail(message: str, exit_code: int) -> NoReturn:
 
 @contextmanager
 def user_errors(
-    *mistakes: type[Exception], interrupted: str, once_mended: str = "", failures: tuple[type[Exception], ...] = ()
+    *mistakes: type[Exception],
+    interrupted: str | Callable[[], str],
+    once_mended: str = "",
+    failures: tuple[type[Exception], ...] = (),
 ) -> Iterator[None]:
     """End with one line for what a user, the disk or Ctrl-C did.
 
     Args:
         mistakes: exceptions that stand for a user's mistake, beside those of settings and of folders of runs.
-        interrupted: what to say after Ctrl-C.
+        interrupted: what to say after Ctrl-C, or a function that says it then.
         once_mended: what to add to an error of the operating system.
         failures: exceptions that say enough themselves and are no mistake of the user's.
     """
@@ -38,7 +42,7 @@ def user_errors(
     except OSError as error:
         fail(f"{error}{once_mended}", exit_code=1)
     except KeyboardInterrupt:
-        fail(interrupted, exit_code=130)
+        fail(interrupted if isinstance(interrupted, str) else interrupted(), exit_code=130)
 
 
 @contextmanager
@@ -57,3 +61,10 @@ def memory_that_lacked(error: Exception) -> str | None:
     """What torch says of a GPU's memory that was too small, in short; None if the error is another."""
     is_it = type(error).__name__ == "OutOfMemoryError"  # torch's, without importing torch
     return str(error).partition(". ")[0] if is_it else None
+
+
+def interrupted_run(again: str, folder: Path) -> str:
+    """What to say after Ctrl-C: how to go on, and from where."""
+    step = saved_step(folder)
+    where = "its beginning: no checkpoint was saved" if step is None else f"step {step:,}, which is saved"
+    return f"interrupted; {again} resumes the run in {folder}, from {where}"

@@ -2,38 +2,50 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from m2rnn.cli.errors import out_of_memory, user_errors
 from m2rnn.cli.options import Device, Dtype
 
+Model = Annotated[Path, typer.Argument(help="Folder of a Hugging Face causal language model and its tokenizer.")]
+Prompt = Annotated[str | None, typer.Argument(help="Text to continue; without it, --file or standard input.")]
+PromptFile = Annotated[Path | None, typer.Option(help="File whose text to continue.")]
+Prompts = Annotated[
+    Path | None, typer.Option(help="Continue many: a prompt a line, or the field prompt of a .jsonl file.")
+]
+Completions = Annotated[Path | None, typer.Option(help="JSON lines to write the completions of --prompts to.")]
+Batch = Annotated[int, typer.Option(help="Prompts of --prompts to continue at a time.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Most tokens to make.")]
+Temperature = Annotated[float, typer.Option(help="Divides the logits; 0 for the most probable token always.")]
+TopK = Annotated[int | None, typer.Option(help="Sample from the so many most probable tokens.")]
+TopP = Annotated[float | None, typer.Option(help="Sample from the fewest tokens with this probability.")]
+MinP = Annotated[float | None, typer.Option(help="Leave out tokens below this share of the most probable.")]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1, makes tokens rarer that were there.")]
+Seed = Annotated[int, typer.Option(help="Of the sampling.")]
+IgnoreEos = Annotated[bool, typer.Option(help="Go on after the end of the text.")]
+Static = Annotated[
+    bool | None, typer.Option(help="State kept in place, decoding in a CUDA graph; default for M2RNN on a GPU.")
+]
+
 
 def generate(
-    model: Annotated[Path, typer.Argument(help="Folder of a Hugging Face causal language model and its tokenizer.")],
-    prompt: Annotated[
-        str | None, typer.Argument(help="Text to continue; without it, --file or standard input.")
-    ] = None,
-    file: Annotated[Path | None, typer.Option(help="File whose text to continue.")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Continue many: a prompt a line, or the field prompt of a .jsonl file.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON lines to write the completions of --prompts to.")] = None,
-    batch: Annotated[int, typer.Option(help="Prompts of --prompts to continue at a time.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to make.")] = 128,
-    temperature: Annotated[float, typer.Option(help="Divides the logits; 0 for the most probable token always.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Sample from the so many most probable tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from the fewest tokens with this probability.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Leave out tokens below this share of the most probable.")] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1, makes tokens rarer that were there.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    ignore_eos: Annotated[bool, typer.Option(help="Go on after the end of the text.")] = False,
-    static: Annotated[
-        bool | None, typer.Option(help="State kept in place, decoding in a CUDA graph; default for M2RNN on a GPU.")
-    ] = None,
+    model: Model,
+    prompt: Prompt = None,
+    file: PromptFile = None,
+    prompts: Prompts = None,
+    out: Completions = None,
+    batch: Batch = 8,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 1.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    seed: Seed = 0,
+    ignore_eos: IgnoreEos = False,
+    static: Static = None,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
@@ -47,44 +59,61 @@ def generate(
 
     m2rnn generate runs/a/model --prompts prompts.jsonl --out completions.jsonl --temperature 0
     """
-    from m2rnn.evaluation import generation
-    from m2rnn.evaluation.language_model import load_model, load_model_tokenizer
-    from m2rnn.runs.display import Display
-    from m2rnn.runs.machine import default_device
-
-    def write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
     with user_errors(ValueError, interrupted="interrupted"), out_of_memory("expected a smaller --batch, or less text"):
         if sum(given is not None for given in (prompt, file, prompts)) > 1:
             raise ValueError("give one of a prompt, --file and --prompts")
         if (prompts is None) != (out is None):
             raise ValueError("--prompts and --out belong together")
-        settings = generation.GenerationSettings(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            ignore_eos=ignore_eos,
-            static=static,
-        )
-        many = None if prompts is None else generation.read_prompts(prompts)
-        loaded = load_model(model, device or default_device(), dtype)
-        tokenizer = load_model_tokenizer(model)
-        if tokenizer is None:
-            raise ValueError(f"{model} has no tokenizer: save it there (save_pretrained)")
-        if many is None or out is None:
-            if prompt is None:
-                prompt = generation.read_text(file)
-            done, speed = generation.complete(loaded, tokenizer, prompt, settings, write)
-            if sys.stdout.isatty():
-                write("\n")
-            tokens = done.prompt_tokens + done.new_tokens
-        else:
-            with Display(sys.stderr) as display:
-                tokens, speed = generation.complete_all(loaded, tokenizer, many, settings, batch, out, display.update)
-        typer.echo(f"{speed.line()}\n{generation.memory_line(loaded, tokens)}", err=True)
+        choices = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+            "ignore_eos": ignore_eos,
+            "static": static,
+        }
+        many = None if prompts is None or out is None else (prompts, out, batch)
+        _generate(model, prompt, file, many, choices, device, dtype)
+
+
+def _generate(
+    folder: Path,
+    prompt: str | None,
+    file: Path | None,
+    many: tuple[Path, Path, int] | None,
+    choices: dict[str, Any],
+    device: str | None,
+    dtype: str,
+) -> None:
+    """Continue one text, or ``many``: the prompts, where their completions go, and how many at a time."""
+    from m2rnn.evaluation import generation
+    from m2rnn.evaluation.language_model import load_model, load_model_tokenizer
+    from m2rnn.runs.display import Display
+    from m2rnn.runs.machine import default_device
+
+    settings = generation.GenerationSettings(**choices)
+    texts = None if many is None else generation.read_prompts(many[0])
+    loaded = load_model(folder, device or default_device(), dtype)
+    tokenizer = load_model_tokenizer(folder)
+    if tokenizer is None:
+        raise ValueError(f"{folder} has no tokenizer: save it there (save_pretrained)")
+    if many is None or texts is None:
+        if prompt is None:
+            prompt = generation.read_text(file)
+        done, speed = generation.complete(loaded, tokenizer, prompt, settings, _write)
+        if sys.stdout.isatty():
+            _write("\n")
+        tokens = done.prompt_tokens + done.new_tokens
+    else:
+        _, out, batch = many
+        with Display(sys.stderr) as display:
+            tokens, speed = generation.complete_all(loaded, tokenizer, texts, settings, batch, out, display.update)
+    typer.echo(f"{speed.line()}\n{generation.memory_line(loaded, tokens)}", err=True)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

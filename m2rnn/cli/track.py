@@ -1,75 +1,90 @@
 """``m2rnn track``: state tracking, one run or a comparison."""
 
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from m2rnn.cli.errors import fail, user_errors
+from m2rnn.cli.errors import fail, interrupted_run, user_errors
 from m2rnn.cli.options import Device, OverwriteRun, RunFolder, numbers, same_command
 from m2rnn.runs.errors import SettingsError
 from m2rnn.tasks.settings import TrackSettings
 
 DEFAULT = TrackSettings()
+DEFAULT_LENGTHS = ",".join(map(str, DEFAULT.test_lengths))
+
+Group = Annotated[str, typer.Option(help="S3, S4, S5, A4, A5, Z<n>, parity, or a product such as S3xZ2.")]
+Inputs = Annotated[str, typer.Option(help="Tokens: 'all' elements, or the identity and 'generators'.")]
+Mixer = Annotated[
+    str,
+    typer.Option(
+        help="m2rnn, gru, rnn, gated_deltanet, gated_deltanet_negative, gated_deltaproduct2, mamba2 or attention."
+    ),
+]
+Compare = Annotated[str | None, typer.Option(help="Several mixers instead of one, e.g. m2rnn,gru,attention.")]
+Seeds = Annotated[str | None, typer.Option(help="Several seeds instead of one, e.g. 0,1,2,3,4.")]
+Jobs = Annotated[int, typer.Option(help="Runs of a comparison at a time, each in a process of its own.", min=1)]
+TrainLength = Annotated[int, typer.Option(help="Longest sequence in training.")]
+TestLengths = Annotated[str, typer.Option(help="Lengths to measure accuracy at.")]
+TestSequences = Annotated[int, typer.Option(help="Sequences of each test length.")]
+Curriculum = Annotated[bool, typer.Option(help="Begin with 4 tokens and lengthen whenever they are learnt.")]
+GrowBelow = Annotated[float, typer.Option(help="Smoothed loss (nats per token) under which the sequences grow.")]
+GrowInputs = Annotated[
+    bool, typer.Option(help="Begin with the identity and generators and add elements as they are learnt.")
+]
+Steps = Annotated[int, typer.Option(help="Most steps to train; ends sooner once solved.")]
+Patience = Annotated[
+    int | None, typer.Option(help="Give up a run after so many steps before the longest length without growth.")
+]
+Minutes = Annotated[
+    float | None,
+    typer.Option(help="Most minutes to train in a run. Where this ends a training is not reproducible.", min=0),
+]
+DecaySteps = Annotated[
+    int, typer.Option(help="Last steps, or those once solved, on which the learning rate goes to zero.")
+]
+BatchSize = Annotated[int, typer.Option(help="Sequences of a step.")]
+LearningRate = Annotated[float, typer.Option(help="AdamW's peak learning rate.")]
+Noise = Annotated[
+    float,
+    typer.Option(help="Largest standard deviation of noise on the embeddings, another for each sequence."),
+]
+Seed = Annotated[int, typer.Option(help="Determines weights and sequences.")]
+Model = Annotated[
+    list[str] | None,
+    typer.Option(help="Change a field of the model's configuration, e.g. hidden_size=32. Repeatable."),
+]
+CheckpointEvery = Annotated[int, typer.Option(help="Steps from checkpoint to checkpoint.", min=1)]
 
 
 def track(
     out: RunFolder,
-    group: Annotated[
-        str, typer.Option(help="S3, S4, S5, A4, A5, Z<n>, parity, or a product such as S3xZ2.")
-    ] = DEFAULT.group,
-    inputs: Annotated[
-        str, typer.Option(help="Tokens: 'all' elements, or the identity and 'generators'.")
-    ] = DEFAULT.inputs,
-    mixer: Annotated[
-        str,
-        typer.Option(
-            help="m2rnn, gru, rnn, gated_deltanet, gated_deltanet_negative, gated_deltaproduct2, mamba2 or attention."
-        ),
-    ] = DEFAULT.mixer,
-    compare: Annotated[
-        str | None, typer.Option(help="Several mixers instead of one, e.g. m2rnn,gru,attention.")
-    ] = None,
-    seeds: Annotated[str | None, typer.Option(help="Several seeds instead of one, e.g. 0,1,2,3,4.")] = None,
-    jobs: Annotated[int, typer.Option(help="Runs of a comparison at a time, each in a process of its own.", min=1)] = 1,
-    train_length: Annotated[int, typer.Option(help="Longest sequence in training.")] = DEFAULT.train_length,
-    test_lengths: Annotated[str, typer.Option(help="Lengths to measure accuracy at.")] = ",".join(
-        map(str, DEFAULT.test_lengths)
-    ),
-    test_sequences: Annotated[int, typer.Option(help="Sequences of each test length.")] = DEFAULT.test_sequences,
-    curriculum: Annotated[
-        bool, typer.Option(help="Begin with 4 tokens and lengthen whenever they are learnt.")
-    ] = DEFAULT.curriculum,
-    grow_below: Annotated[
-        float, typer.Option(help="Smoothed loss (nats per token) under which the sequences grow.")
-    ] = DEFAULT.grow_below,
-    grow_inputs: Annotated[
-        bool, typer.Option(help="Begin with the identity and generators and add elements as they are learnt.")
-    ] = DEFAULT.grow_inputs,
-    steps: Annotated[int, typer.Option(help="Most steps to train; ends sooner once solved.")] = DEFAULT.steps,
-    patience: Annotated[
-        int | None, typer.Option(help="Give up a run after so many steps before the longest length without growth.")
-    ] = DEFAULT.patience,
-    minutes: Annotated[
-        float | None,
-        typer.Option(help="Most minutes to train in a run. Where this ends a training is not reproducible.", min=0),
-    ] = None,
-    decay_steps: Annotated[
-        int, typer.Option(help="Last steps, or those once solved, on which the learning rate goes to zero.")
-    ] = DEFAULT.decay_steps,
-    batch_size: Annotated[int, typer.Option(help="Sequences of a step.")] = DEFAULT.batch_size,
-    learning_rate: Annotated[float, typer.Option(help="AdamW's peak learning rate.")] = DEFAULT.learning_rate,
-    noise: Annotated[
-        float,
-        typer.Option(help="Largest standard deviation of noise on the embeddings, another for each sequence."),
-    ] = DEFAULT.noise,
-    seed: Annotated[int, typer.Option(help="Determines weights and sequences.")] = DEFAULT.seed,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="Change a field of the model's configuration, e.g. hidden_size=32. Repeatable."),
-    ] = None,
+    group: Group = DEFAULT.group,
+    inputs: Inputs = DEFAULT.inputs,
+    mixer: Mixer = DEFAULT.mixer,
+    compare: Compare = None,
+    seeds: Seeds = None,
+    jobs: Jobs = 1,
+    train_length: TrainLength = DEFAULT.train_length,
+    test_lengths: TestLengths = DEFAULT_LENGTHS,
+    test_sequences: TestSequences = DEFAULT.test_sequences,
+    curriculum: Curriculum = DEFAULT.curriculum,
+    grow_below: GrowBelow = DEFAULT.grow_below,
+    grow_inputs: GrowInputs = DEFAULT.grow_inputs,
+    steps: Steps = DEFAULT.steps,
+    patience: Patience = DEFAULT.patience,
+    minutes: Minutes = None,
+    decay_steps: DecaySteps = DEFAULT.decay_steps,
+    batch_size: BatchSize = DEFAULT.batch_size,
+    learning_rate: LearningRate = DEFAULT.learning_rate,
+    noise: Noise = DEFAULT.noise,
+    seed: Seed = DEFAULT.seed,
+    model: Model = None,
     device: Device = None,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps from checkpoint to checkpoint.", min=1)] = 100,
+    checkpoint_every: CheckpointEvery = 100,
     overwrite: OverwriteRun = False,
 ) -> None:
     """Train on a word problem over a group and measure accuracy by length.
@@ -83,57 +98,66 @@ def track(
 
     Example: m2rnn track --compare m2rnn,gru,attention --seeds 0,1,2 --jobs 2 --group S3 --out runs/s3
     """
+    choices: dict[str, Any] = {
+        "group": group, "inputs": inputs, "mixer": mixer, "train_length": train_length, "curriculum": curriculum,
+        "grow_below": grow_below, "grow_inputs": grow_inputs, "steps": steps, "patience": patience,
+        "decay_steps": decay_steps, "batch_size": batch_size, "learning_rate": learning_rate, "noise": noise,
+        "seed": seed, "test_sequences": test_sequences,
+    }  # fmt: skip
+    again = same_command(overwrite)
+    with user_errors(interrupted=lambda: _interrupted(again, out, compare or seeds)):
+        lengths = numbers("test_lengths", test_lengths, "128,256,512")
+        settings = TrackSettings(model=parse_overrides(model or []), test_lengths=lengths, **choices)
+        several = None if compare is None and seeds is None else (_mixers(compare, mixer), _seeds(seeds, seed), jobs)
+        options = {"overwrite": overwrite, "checkpoint_every": checkpoint_every, "minutes": minutes}
+        _track(settings, out, several, options, device, again)
+
+
+def _track(
+    settings: TrackSettings,
+    out: Path,
+    several: tuple[Sequence[str], Sequence[int], int] | None,
+    options: dict[str, Any],
+    device: str | None,
+    again: str,
+) -> None:
+    """One run, or ``several``: the mixers, the seeds, and how many runs at a time."""
     from m2rnn.runs.display import Display
     from m2rnn.runs.machine import default_device
-    from m2rnn.tasks.compare import compare as compare_runs
+    from m2rnn.tasks.compare import compare
     from m2rnn.tasks.report import comparison_table, table
-    from m2rnn.tasks.run import track as track_one
+    from m2rnn.tasks.run import track
     from m2rnn.tasks.training import DivergedError
     from m2rnn.training.checkpoint import CheckpointError
 
-    failures = (CheckpointError, DivergedError)
-    again = same_command(overwrite)
-    with user_errors(interrupted=f"interrupted; {again} resumes the run in {out}", failures=failures):
-        settings = TrackSettings(
-            group=group,
-            inputs=inputs,  # type: ignore[arg-type] # checked by TrackSettings
-            mixer=mixer,
-            model=parse_overrides(model or []),
-            train_length=train_length,
-            curriculum=curriculum,
-            grow_below=grow_below,
-            grow_inputs=grow_inputs,
-            steps=steps,
-            patience=patience,
-            decay_steps=decay_steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            noise=noise,
-            seed=seed,
-            test_lengths=numbers("test_lengths", test_lengths, "128,256,512"),
-            test_sequences=test_sequences,
-            device=device or default_device(),
-        )
+    settings = replace(settings, device=device or default_device())
+    try:
         with Display(sys.stdout) as display:
-            options: dict[str, Any] = {
-                "overwrite": overwrite,
-                "checkpoint_every": checkpoint_every,
-                "minutes": minutes,
-                "display": display,
-            }
-            if compare is None and seeds is None:
-                results = track_one(settings, out, **options)
-                report, failed = table(results), {}
+            if several is None:
+                report, failed = table(track(settings, out, display=display, **options)), {}
             else:
-                mixers = [mixer] if compare is None else compare.split(",")
-                all_seeds = [seed] if seeds is None else numbers("seeds", seeds, "0,1,2,3,4")
-                results = compare_runs(settings, mixers, all_seeds, out, jobs=jobs, **options)
+                mixers, seeds, jobs = several
+                results = compare(settings, mixers, seeds, out, jobs=jobs, display=display, **options)
                 report, failed = comparison_table(results["runs"].values()), results["failed"]
+    except (CheckpointError, DivergedError) as error:
+        fail(str(error), exit_code=1)
     typer.echo(report)
     typer.echo(f"\nresults, models and plot: {out}")
     if failed:
         reasons = "".join(f"\n  {name}: {failure['reason']}" for name, failure in failed.items())
         fail(f"{len(failed)} runs failed (more in results.json); {again} tries them again:{reasons}", 1)
+
+
+def _interrupted(again: str, out: Path, several: str | None) -> str:
+    return f"interrupted; {again} resumes all runs in {out}" if several else interrupted_run(again, out)
+
+
+def _mixers(compare: str | None, mixer: str) -> list[str]:
+    return [mixer] if compare is None else compare.split(",")
+
+
+def _seeds(seeds: str | None, seed: int) -> Sequence[int]:
+    return [seed] if seeds is None else numbers("seeds", seeds, "0,1,2,3,4")
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:

@@ -4,16 +4,18 @@ import os
 import sys
 import textwrap
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
-from m2rnn.cli.errors import fail, memory_that_lacked
+from m2rnn.cli.errors import fail, interrupted_run, memory_that_lacked
 from m2rnn.cli.options import OverwriteRun, same_command
 from m2rnn.runs.errors import SettingsError
 from m2rnn.runs.folder import RunFolderError
-from m2rnn.training.train_settings import described, load_settings
+from m2rnn.training.train_settings import TrainSettings, described, load_settings
 
 
 def settings_help() -> str:
@@ -24,23 +26,27 @@ def settings_help() -> str:
     return "\n".join(lines)
 
 
+Recipe = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[RECIPE.yaml] [KEY=VALUE]...",
+        help="A file of settings, such as recipes/laptop.yaml, and settings that differ from it.",
+    ),
+]
+Preset = Annotated[str | None, typer.Option(help="A model of `m2rnn presets`; or in the recipe.")]
+Data = Annotated[str | None, typer.Option(help="The folder that m2rnn prepare made; or in the recipe.")]
+Out = Annotated[Path | None, typer.Option(help="Folder of the run; the same command goes on.")]
+Minutes = Annotated[float | None, typer.Option(help="Save and stop after that time; the same command goes on.", min=0)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print sizes, schedule and memory, and train nothing.")]
+
+
 def train(
-    recipe: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[RECIPE.yaml] [KEY=VALUE]...",
-            help="A file of settings, such as recipes/laptop.yaml, and settings that differ from it.",
-        ),
-    ] = None,
-    preset: Annotated[str | None, typer.Option(help="A model of `m2rnn presets`; or in the recipe.")] = None,
-    data: Annotated[str | None, typer.Option(help="The folder that m2rnn prepare made; or in the recipe.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; the same command goes on.")] = None,
-    minutes: Annotated[
-        float | None, typer.Option(help="Save and stop after that time; the same command goes on.", min=0)
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print sizes, schedule and memory, and train nothing.")
-    ] = False,
+    recipe: Recipe = None,
+    preset: Preset = None,
+    data: Data = None,
+    out: Out = None,
+    minutes: Minutes = None,
+    dry_run: DryRun = False,
     overwrite: OverwriteRun = False,
 ) -> None:
     """Train a language model on token files: on a CPU, on a GPU, or on many under torchrun.
@@ -58,77 +64,95 @@ def train(
 
     torchrun --nproc-per-node 8 -m m2rnn train recipes/7b.yaml --data data/corpus --out runs/7b
     """
-    from m2rnn.data.sources import DataError
-
-    process = int(os.environ.get("RANK", "0"))
-    is_first = process == 0
-    name = "m2rnn: " if is_first else f"m2rnn: process {process}: "
-    again = same_command(overwrite)
-
-    def end(message: str, exit_code: int) -> NoReturn:
-        if is_first:
-            fail(message, exit_code)
-        raise typer.Exit(exit_code)
-
-    def end_alone(message: str, exit_code: int) -> NoReturn:
-        """End this process, perhaps the only one that failed: the others wait for it, so it must not wait for them."""
-        typer.echo(message, err=True)
-        if training.is_distributed():
-            sys.stderr.flush()
-            os._exit(exit_code)  # torchrun then ends the others
-        raise typer.Exit(exit_code)
-
     try:
-        overrides = list(recipe or [])
-        path = Path(overrides.pop(0)) if overrides and "=" not in overrides[0] else None
-        given = {name: value for name, value in (("preset", preset), ("data", data)) if value is not None}
-        settings = load_settings(path, overrides, given)
+        settings = _settings(list(recipe or []), preset, data)
         if out is None and not dry_run:
             raise SettingsError("no --out: give the folder of the run")
     except SettingsError as error:
-        end(str(error), exit_code=2)
+        _end(str(error), exit_code=2)
     try:
         from m2rnn.training import train as training
     except ImportError as error:
-        end(f"{error}: training needs pip install 'm2rnn[train]'", exit_code=1)
+        _end(f"{error}: training needs pip install 'm2rnn[train]'", exit_code=1)
     from m2rnn.runs.display import Display
-    from m2rnn.training.checkpoint import CheckpointError
-    from m2rnn.training.monitor import NonFiniteError
     from m2rnn.training.train_report import table
 
+    with _ends_in_one_line(settings, out, same_command(overwrite), minutes):
+        if out is None or dry_run:
+            report = training.dry_run(settings)
+        else:
+            with Display(sys.stdout if _is_first() else None) as display:
+                results = training.train(settings, out, minutes=minutes, overwrite=overwrite, display=display)
+            report = f"{table(results, out)}\n\nmodel, results and plot: {out}"
+    if _is_first():
+        typer.echo(report)
+
+
+def _settings(arguments: list[str], preset: str | None, data: str | None) -> TrainSettings:
+    path = Path(arguments.pop(0)) if arguments and "=" not in arguments[0] else None
+    given = {name: value for name, value in (("preset", preset), ("data", data)) if value is not None}
+    return load_settings(path, arguments, given)
+
+
+@contextmanager
+def _ends_in_one_line(settings: TrainSettings, out: Path | None, again: str, minutes: float | None) -> Iterator[None]:
+    """End all processes with one line where all know what is wrong, and this one alone where the others may not."""
+    from m2rnn.data.sources import DataError
+    from m2rnn.training import train as training
+    from m2rnn.training.checkpoint import CheckpointError
+    from m2rnn.training.monitor import NonFiniteError
+
     try:
-        if dry_run:
-            text = training.dry_run(settings)
-            if is_first:
-                typer.echo(text)
-            return
-        assert out is not None
-        with Display(sys.stdout if is_first else None) as display:
-            results = training.train(settings, out, minutes=minutes, overwrite=overwrite, display=display)
+        yield
     except (SettingsError, RunFolderError) as error:
-        end(str(error), exit_code=2)
+        _end(str(error), exit_code=2)
     except (CheckpointError, NonFiniteError) as error:
-        end(str(error), exit_code=1)
+        _end(str(error), exit_code=1)
     except training.Stopped as stopped:
         why = "interrupted" if stopped.interrupted else f"stopped after {minutes:g} minutes"
         step = f"step {stopped.step:,} of {settings.steps:,} is saved"
-        end(f"{why}: {step}, and {again} goes on from it in {out}", 130 if stopped.interrupted else 0)
-    except KeyboardInterrupt:  # the second one
-        end_alone(f"{name}interrupted; {again} goes on from the last checkpoint in {out}", exit_code=130)
+        _end(f"{why}: {step}, and {again} goes on from it in {out}", 130 if stopped.interrupted else 0)
+    except KeyboardInterrupt:  # the second one, or one before the first step
+        _end_alone("interrupted" if out is None else interrupted_run(again, out), exit_code=130)
     except DataError as error:
-        end_alone(f"{name}{error}", exit_code=2)
+        _end_alone(str(error), exit_code=2)
     except OSError as error:
-        end_alone(f"{name}{error}. Once that is mended, {again} goes on in {out}", exit_code=1)
+        _end_alone(f"{error}. Once that is mended, {again} goes on in {out}", exit_code=1)
     except Exception as error:
         lacked = memory_that_lacked(error)
         if lacked is not None:
             less = "a smaller micro_batch_size, checkpoint_activations=true or, on several GPUs, fsdp=true"
-            end_alone(f"{name}{lacked}: {again} goes on with {less}", exit_code=1)
+            _end_alone(f"{lacked}: {again} goes on with {less}", exit_code=1)
         if not training.is_distributed():
             raise
-        end_alone(f"{traceback.format_exc()}{name}failed", exit_code=1)
+        typer.echo(traceback.format_exc(), err=True, nl=False)
+        _end_alone("failed", exit_code=1)
     finally:
         training.leave_process_group()
-    if is_first:
-        typer.echo(table(results, out))
-        typer.echo(f"\nmodel, results and plot: {out}")
+
+
+def _process() -> int:
+    """The number of this process of torchrun's; 0 without."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _is_first() -> bool:
+    return _process() == 0
+
+
+def _end(message: str, exit_code: int) -> NoReturn:
+    """End like all other processes: the first one says why."""
+    if _is_first():
+        fail(message, exit_code)
+    raise typer.Exit(exit_code)
+
+
+def _end_alone(message: str, exit_code: int) -> NoReturn:
+    """End this process, perhaps the only one that failed: the others wait for it, so it must not wait for them."""
+    from m2rnn.training.train import is_distributed
+
+    typer.echo(f"m2rnn: {message}" if _is_first() else f"m2rnn: process {_process()}: {message}", err=True)
+    if is_distributed():
+        sys.stderr.flush()
+        os._exit(exit_code)  # torchrun then ends the others
+    raise typer.Exit(exit_code)

@@ -6,6 +6,7 @@ And a model of either with W cut to a bound.
 from m2rnn.convert.conversion import Conversion, convert
 from m2rnn.convert.cut import Cut, cut_state_weights
 from m2rnn.convert.lm_engine import ConversionError
+from m2rnn.convert.swapped import swapped_class
 from m2rnn.convert.swapping import load_swapped, swap, swapped_parameters
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "cut_state_weights",
     "load_swapped",
     "swap",
+    "swapped_class",
     "swapped_parameters",
 ]

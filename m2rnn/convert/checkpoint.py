@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from m2rnn.convert.lm_engine import ConversionError
+from m2rnn.models.shim import write_shim
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
@@ -127,3 +128,9 @@ def write_tensors(
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write config.json, and the shim if its ``auto_map`` names one."""
+    write_json(folder / CONFIG, config)
+    write_shim(folder, config.get("auto_map"))

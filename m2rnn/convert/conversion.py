@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from m2rnn.convert.checkpoint import CONFIG, DTYPES, Checkpoint, write_json, write_tensors
+from m2rnn.convert.checkpoint import CONFIG, DTYPES, Checkpoint, write_config, write_tensors
 from m2rnn.convert.lm_engine import MODEL_TYPE, OUR_FIELDS, ConversionError, config_to_ours, config_to_theirs
 from m2rnn.convert.lm_engine_tensors import LAYOUTS, Layout, TensorRule, layouts, tensor_rules
 from m2rnn.models import M2RNNConfig, M2RNNForCausalLM
+from m2rnn.models.shim import AUTO_MAP
 from m2rnn.runs.display import Display
 from m2rnn.runs.folder import PARTIAL, whole_folder
 
@@ -131,7 +132,7 @@ def convert(
     place = destination.resolve()  # of a link, what it names
     try:
         with whole_folder(place.with_name(place.name + ".new")) as partial:
-            write_json(partial / CONFIG, written)
+            write_config(partial, written)
             files = write_tensors(partial, sizes, read, max_shard_size, progress)
             for path in copied:
                 shutil.copyfile(path, partial / path.name)
@@ -236,6 +237,7 @@ def _to_ours(checkpoint: Checkpoint, mlp_layout: str) -> tuple[dict[str, Any], M
     written = _says_what_it_is(config) | {
         "model_type": M2RNNConfig.model_type,
         "architectures": [M2RNNForCausalLM.__name__],
+        "auto_map": AUTO_MAP,
         "dtype": dtype,
         ORIGINAL["m2rnn"]: {"config": theirs, "mlp_layout": mlp_layout},
     }

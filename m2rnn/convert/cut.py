@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m2rnn.convert.checkpoint import CONFIG, Checkpoint, write_json, write_tensors
+from m2rnn.convert.checkpoint import CONFIG, Checkpoint, write_config, write_tensors
 from m2rnn.convert.lm_engine import MODEL_TYPE, ConversionError
-from m2rnn.convert.swapping import RECORD
+from m2rnn.convert.swapped import RECORD
 from m2rnn.layers.state_weight import bound_, head_bounds
 from m2rnn.models import M2RNNConfig
 from m2rnn.runs.display import Display
@@ -107,7 +107,7 @@ def cut_state_weights(
 
     copied = checkpoint.beside()
     with whole_folder(out) as partial:
-        write_json(partial / CONFIG, _with_options(config, options))
+        write_config(partial, _with_options(config, options))
         sizes = {name: checkpoint.bytes_of(name) for name in checkpoint.shapes}
         write_tensors(partial, sizes, read, max_shard_size, lambda done, name: display.update(f"cutting: {name}"))
         for path in copied:

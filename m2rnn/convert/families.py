@@ -11,6 +11,9 @@ from transformers.cache_utils import Cache
 
 from m2rnn.layers import M2RNN, M2RNNState, Packing
 
+#: An empty tensor of a swapped layer. Its shape makes it an error to load the layer as what the family has there: where
+#: nobody reads the record of the swap, as in the family's own from_pretrained, that would start anew with a warning.
+GUARD = "A_log"
 RECURRENT, ATTENTION = "linear_attention", "full_attention"  # as transformers names the types of layers
 
 
@@ -43,6 +46,7 @@ class SwappedMixer(nn.Module):
     def __init__(self, m2rnn: M2RNN, layer_idx: int) -> None:
         super().__init__()
         self.m2rnn, self.layer_idx = m2rnn, layer_idx
+        self.register_buffer(GUARD, torch.empty(0))
         self.train(m2rnn.training)
 
     def forward(
@@ -78,6 +82,10 @@ class SwappedMixer(nn.Module):
                 state = M2RNNState(*(None if x is None else x[-1:] for x in state))  # type: ignore[arg-type]
             self._write(cache_params, state)
         return y if padded is None else padded.pad(y)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        state_dict.setdefault(prefix + GUARD, getattr(self, GUARD))  # older files have none
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _read(self, cache: Cache) -> M2RNNState | None:
         recurrent = cache.get_recurrent_state(self.layer_idx)

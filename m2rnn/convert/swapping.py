@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -17,11 +16,10 @@ from m2rnn.convert.families import (
     text_config_of,
 )
 from m2rnn.convert.fitting import fit
+from m2rnn.convert.swapped import RECORD, auto_map_of, new_layer, swapped_class
 from m2rnn.convert.takeover import options_like, take_over
-from m2rnn.layers import M2RNN
 from m2rnn.runs.display import Display
 
-RECORD = "m2rnn_swap"  # in config.json: the options of each swapped layer, by its number
 #: Arguments of ``from_pretrained`` that say where a model lies, and so where its config.json does
 WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -39,7 +37,8 @@ def swap(
 
     Families: Qwen3-Next, Qwen3.5 (dense and mixture of experts), Granite-4 hybrid, Bamba, Nemotron-H; recurrent and
     attention mixers. The new layers keep their state in the model's own cache, for ``generate`` with beams and padding
-    too. config.json records the swap; ``load_swapped`` reads such a model.
+    too. config.json records the swap; ``load_swapped`` reads such a model, and so do transformers' Auto classes with
+    ``trust_remote_code=True``. Without it they refuse its weights.
 
     The start: a layer in the place of a recurrent mixer gets its sizes, unless ``options`` name others, and takes
     over its input projection, convolution and forget gate, with W = 0, where both are nearly the same function (see
@@ -80,7 +79,7 @@ def swap(
     if steps < 0:
         raise ValueError(f"steps must be at least 0, got {steps}")
     full = {layer: options_like(mixer_of(model, layer), options) for layer in sorted(numbers)}
-    new = {layer: _new_layer(model, layer, full[layer]) for layer in full}
+    new = {layer: new_layer(model, layer, full[layer]) for layer in full}
     for layer, m2rnn in new.items():
         take_over(mixer_of(model, layer), m2rnn)
         if batches is not None:
@@ -90,6 +89,9 @@ def swap(
             module._is_hf_initialized = True  # type: ignore[assignment] # otherwise post_init would start it anew
         put_mixer(model, layer, mixer)
         _record(model.config, layer, full[layer])
+    if type(model) is getattr(transformers, type(model).__name__, None):
+        model.__class__ = swapped_class(type(model).__name__)
+        model.config.auto_map = auto_map_of(model.config)
     made = {id(parameter) for m2rnn in new.values() for parameter in m2rnn.parameters()}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in made}
 
@@ -112,25 +114,15 @@ def load_swapped(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         ValueError: if the model records no swap, or is of a class that transformers does not have.
     """
     config = AutoConfig.from_pretrained(path, **{name: kwargs[name] for name in WHERE if name in kwargs})
-    record = getattr(config, RECORD, None)
-    if not record:
+    if not getattr(config, RECORD, None):
         raise ValueError(f"{path} records no swapped layers (config.json has no {RECORD!r}): use from_pretrained")
     name = (config.architectures or [""])[0]
-    base = getattr(transformers, name, None)
-    if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
-        raise ValueError(f"{path}: config.json names the architecture {name!r}, which transformers does not have")
-
-    layers: dict[str, dict[str, Any]] = record
-
-    class Swapped(base):  # type: ignore[misc, valid-type]
-        def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-            super().__init__(config, *args, **kwargs)
-            for layer, options in layers.items():
-                put_mixer(self, int(layer), SwappedMixer(_new_layer(self, int(layer), options), int(layer)))
-
-    Swapped.__name__, Swapped.__qualname__, Swapped.__module__ = base.__name__, base.__qualname__, base.__module__
-    model: PreTrainedModel = Swapped.from_pretrained(path, use_safetensors=True, **kwargs)
-    model.__class__ = base
+    try:
+        model_class = swapped_class(name)
+    except ValueError as error:
+        message = f"{path}: config.json names the architecture {name!r}, which transformers does not have"
+        raise ValueError(message) from error
+    model: PreTrainedModel = model_class.from_pretrained(path, use_safetensors=True, **kwargs)
     return model
 
 
@@ -141,22 +133,6 @@ def _as_inputs(batch: Tensor | Mapping[str, Any]) -> dict[str, Any]:
         got = f"a tensor {list(batch.shape)}" if isinstance(batch, Tensor) else repr(batch)
         raise ValueError(f"calibration's batches must be token ids [B, T] or keyword arguments of the model, got {got}")
     return {"input_ids": batch}
-
-
-def _new_layer(model: PreTrainedModel, layer: int, options: Mapping[str, Any]) -> M2RNN:
-    """An M2RNN layer with weights that start as the model's own do, and a zero output projection."""
-    config = text_config_of(model)
-    device = next(mixer_of(model, layer).parameters()).device
-    try:
-        with device:
-            m2rnn = M2RNN(config.hidden_size, **options)
-    except TypeError as error:
-        raise ValueError(f"{error}: options are those of m2rnn.M2RNN") from error
-    m2rnn.to(model.dtype)  # the old mixer may be quantised
-    with torch.no_grad():
-        m2rnn.in_proj.weight.normal_(0, config.initializer_range)
-        m2rnn.out_proj.weight.zero_()
-    return m2rnn.train(model.training)
 
 
 def _record(config: PreTrainedConfig, layer: int, options: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""``m2rnn eval --tasks``: benchmarks of EleutherAI's lm-eval, through its own API and its own model class.
+"""``m2rnn eval tasks``: benchmarks of EleutherAI's lm-eval, through its own API and its own model class.
 
 The scores are those of ``lm_eval.simple_evaluate`` with `harness_model`. Tasks that it knows by name (LongBench and
 RULER too) or that lie in a folder of YAML files (``include_path``); such a folder may name Python functions, which run.

@@ -1,4 +1,4 @@
-"""``m2rnn eval --data``: how well language models predict text, by context length and by position.
+"""``m2rnn eval text``: how well language models predict text, by context length and by position.
 
 Every loss of a token is kept in a file of its own place, so that an interrupted run goes on where it stopped and the
 results are sums in a fixed order, whatever the batches were.

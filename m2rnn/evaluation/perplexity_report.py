@@ -1,4 +1,4 @@
-"""The results of ``m2rnn eval --data`` as tables and plots."""
+"""The results of ``m2rnn eval text`` as tables and plots."""
 
 from itertools import cycle
 from pathlib import Path

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m2rnn.layers.gated_norm import normed
 from m2rnn.layers.packing import Packing, check_tokens
 from m2rnn.layers.projection import OutputProjection
 from m2rnn.layers.sizes import check_sizes
@@ -108,7 +109,7 @@ class Attention(nn.Module):
         qk, v = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.split((self.num_heads, self.num_kv_heads), 2)
-            qk = torch.cat([_normed(q, self.q_norm), _normed(k, self.k_norm)], 2)
+            qk = torch.cat([normed(q, self.q_norm).to(q.dtype), normed(k, self.k_norm).to(k.dtype)], 2)
         if self.rope_theta is not None:
             if rotary is None:
                 if position_ids is None:
@@ -225,11 +226,6 @@ def _valid(state: AttentionState | None, packing: Packing | None, new: Tensor) -
     if past is None:
         past = torch.ones(state.keys.shape[:2], dtype=torch.bool, device=new.device)
     return torch.cat([past, valid], 1)
-
-
-def _normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
-    y: Tensor = norm(x.to(norm.weight.dtype))  # autocast leaves it to us
-    return y.to(x.dtype)
 
 
 def positions_of(

@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2rnn.layers.decay_gate import DecayGate
-from m2rnn.layers.m2rnn import check_gate_order
+from m2rnn.layers.gated_norm import check_gate_order, gated_norm
 from m2rnn.layers.packing import Packing, check_tokens
 from m2rnn.layers.projection import OutputProjection, project_parts
-from m2rnn.layers.short_conv import ShortConv, check_activation, check_init_std
+from m2rnn.layers.short_conv import ShortConv, check_activation, check_init_std, convolve
 from m2rnn.layers.sizes import check_sizes
 from m2rnn.layers.state import M2RNNState, next_state
 from m2rnn.ops.linear_scan import gated_delta_scan
@@ -119,12 +119,7 @@ class GatedDeltaNet(nn.Module):
         """Mix along time; arguments and results as in ``M2RNN.forward``."""
         check_tokens(hidden, state, packing)
         qkv, logits, beta, g = project_parts(self.in_proj, hidden, self.proj_sizes)
-        conv_state = None
-        if self.conv is not None:
-            past = None if state is None else state.conv
-            qkv, conv_state = self.conv(qkv, past, packing, output_state=output_state)
-        elif self.activation == "silu":
-            qkv = F.silu(qkv)
+        qkv, conv_state = convolve(qkv, self.conv, self.activation, state, packing, output_state=output_state)
         q, k, v = qkv.split(self.qkv_sizes, -1)
         q = q.unflatten(-1, (self.num_heads, self.key_dim))
         k = k.unflatten(-1, (self.num_householder, self.num_heads, self.key_dim))
@@ -142,12 +137,8 @@ class GatedDeltaNet(nn.Module):
             cu_seqlens=None if packing is None else packing.cu_seqlens,
             backend=self.backend,
         )
-        if self.gate and not self.norm_before_gate:
-            y = y * F.silu(g).unflatten(-1, (self.num_heads, self.value_dim))
-        if self.norm is not None:
-            y = self.norm(y.to(self.norm.weight.dtype))  # autocast leaves it to us
-        if self.norm_before_gate:
-            y = y * F.silu(g).unflatten(-1, (self.num_heads, self.value_dim))
+        gate = F.silu(g).unflatten(-1, (self.num_heads, self.value_dim)) if self.gate else None
+        y = gated_norm(y, gate, self.norm, norm_before_gate=self.norm_before_gate)
         y = self.out_proj(y.flatten(2))
         final_state = next_state(state, recurrent, conv_state, hidden, packing) if output_state else None
         return y, final_state

@@ -5,25 +5,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2rnn.layers.decay_gate import DecayGate
+from m2rnn.layers.gated_norm import check_gate_order, normed
 from m2rnn.layers.initialize import initialize
 from m2rnn.layers.packing import Packing, check_tokens
 from m2rnn.layers.projection import OutputProjection, project_parts, project_token, runs_as_written
-from m2rnn.layers.short_conv import ShortConv, check_activation, check_init_std
+from m2rnn.layers.short_conv import ShortConv, check_activation, check_init_std, convolve
 from m2rnn.layers.sizes import check_sizes
 from m2rnn.layers.state import M2RNNState, StaticM2RNNState, decodes, next_state
 from m2rnn.layers.state_weight import bound_, head_bounds
 from m2rnn.ops import m2rnn_scan
 from m2rnn.ops.decode import decode_step
-
-
-def check_gate_order(norm_before_gate: bool, norm: bool, gate: bool) -> None:
-    """Raise a ValueError if there is nothing to order."""
-    for name, present in (("norm", norm), ("gate", gate)):
-        if norm_before_gate and not present:
-            raise ValueError(
-                f"norm_before_gate=True orders the norm and the gate, but {name}=False: leave norm_before_gate out, or "
-                f"set {name}=True"
-            )
 
 
 class M2RNN(nn.Module):
@@ -192,12 +183,7 @@ class M2RNN(nn.Module):
             y, after = self._decode(hidden[:, 0], state, in_place=output_state and isinstance(state, StaticM2RNNState))
             return y[:, None], after if output_state else None
         qkv, logits, g = project_parts(self.in_proj, hidden, self.proj_sizes)
-        conv_state = None
-        if self.conv is not None:
-            past = None if state is None else state.conv
-            qkv, conv_state = self.conv(qkv, past, packing, output_state=output_state)
-        elif self.activation == "silu":
-            qkv = F.silu(qkv)
+        qkv, conv_state = convolve(qkv, self.conv, self.activation, state, packing, output_state=output_state)
         batch_time = qkv.shape[:2]
         q, k, v = qkv.split(self.qkv_sizes, -1)
         q = q.reshape(*batch_time, self.num_q_heads, self.key_dim)
@@ -223,23 +209,17 @@ class M2RNN(nn.Module):
             D = self.D.to(y.dtype).view(shared)
             y = y.view(*batch_time, *shared) + D * v[..., None, :]
         if self.norm_before_gate:
-            y = self._normed(y.reshape(*batch_time, self.num_heads * self.value_dim))
+            y = normed(y.reshape(*batch_time, self.num_heads * self.value_dim), self.norm)
         if self.num_g_heads:
             g = F.silu(g).view(*batch_time, self.num_g_heads, 1, self.value_dim)
             y = y.view(*batch_time, self.num_g_heads, self.num_heads // self.num_g_heads, self.value_dim) * g
         y = y.reshape(*batch_time, self.num_heads * self.value_dim)
         if not self.norm_before_gate:
-            y = self._normed(y)
+            y = normed(y, self.norm)
         final_state = None
         if recurrent is not None and output_state:
             final_state = next_state(state, recurrent, conv_state, hidden, packing)
         return self.out_proj(y), final_state
-
-    def _normed(self, y: Tensor) -> Tensor:
-        if self.norm is None:
-            return y
-        normed: Tensor = self.norm(y.to(self.norm.weight.dtype))  # autocast leaves it to us
-        return normed
 
     def _decodes_at_once(self) -> bool:
         """Whether one operator may stand for the modules between the projections: they are what this layer made."""

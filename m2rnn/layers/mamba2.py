@@ -5,11 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2rnn.layers.decay_gate import DecayGate
+from m2rnn.layers.gated_norm import check_gate_order, gated_norm
 from m2rnn.layers.initialize import initialize
-from m2rnn.layers.m2rnn import check_gate_order
 from m2rnn.layers.packing import Packing, check_tokens
 from m2rnn.layers.projection import OutputProjection, project_parts
-from m2rnn.layers.short_conv import ShortConv, check_activation, check_init_std
+from m2rnn.layers.short_conv import ShortConv, check_activation, check_init_std, convolve
 from m2rnn.layers.sizes import check_sizes
 from m2rnn.layers.state import M2RNNState, next_state
 from m2rnn.ops.linear_scan import gated_linear_scan
@@ -119,12 +119,7 @@ class Mamba2(nn.Module):
         """Mix along time; arguments and results as in ``M2RNN.forward``."""
         check_tokens(hidden, state, packing)
         xBC, logits, g = project_parts(self.in_proj, hidden, self.proj_sizes)
-        conv_state = None
-        if self.conv is not None:
-            past = None if state is None else state.conv
-            xBC, conv_state = self.conv(xBC, past, packing, output_state=output_state)
-        elif self.activation == "silu":
-            xBC = F.silu(xBC)
+        xBC, conv_state = convolve(xBC, self.conv, self.activation, state, packing, output_state=output_state)
         x, B, C = xBC.split(self.xBC_sizes, -1)
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
         log_decay, dt = self.decay_gate(logits)
@@ -140,14 +135,8 @@ class Mamba2(nn.Module):
         )
         if self.D is not None:
             y = y + self.D.to(y.dtype)[:, None] * x
-        y = y.flatten(2)
-        if self.gate and not self.norm_before_gate:
-            y = y * F.silu(g)
-        if self.norm is not None:
-            y = self.norm(y.to(self.norm.weight.dtype))  # autocast leaves it to us
-        if self.norm_before_gate:
-            y = y * F.silu(g)
-        y = self.out_proj(y)
+        gate = F.silu(g) if self.gate else None
+        y = self.out_proj(gated_norm(y.flatten(2), gate, self.norm, norm_before_gate=self.norm_before_gate))
         final_state = next_state(state, recurrent, conv_state, hidden, packing) if output_state else None
         return y, final_state
 

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m2rnn.layers.gated_norm import gated_norm
 from m2rnn.layers.initialize import initialize
 from m2rnn.layers.packing import Packing, check_tokens
 from m2rnn.layers.projection import OutputProjection
-from m2rnn.layers.short_conv import ShortConv, check_activation, check_init_std
+from m2rnn.layers.short_conv import ShortConv, check_activation, check_init_std, convolve
 from m2rnn.layers.sizes import check_sizes
 from m2rnn.layers.state import M2RNNState, next_state
 from m2rnn.ops.vector_scan import rnn_scan
@@ -104,12 +105,7 @@ class RNN(nn.Module):
         """Mix along time; arguments and results as in ``M2RNN.forward``. The recurrent state is ``[B, N, V]``."""
         check_tokens(hidden, state, packing)
         x, *others = self.in_proj(hidden).split(self.state_size, -1)
-        conv_state = None
-        if self.conv is not None:
-            past = None if state is None else state.conv
-            x, conv_state = self.conv(x, past, packing, output_state=output_state)
-        elif self.activation == "silu":
-            x = F.silu(x)
+        x, conv_state = convolve(x, self.conv, self.activation, state, packing, output_state=output_state)
         inputs = tuple(part.unflatten(-1, (self.num_heads, self.head_dim)) for part in (x, *others[: self._inputs - 1]))
         y, recurrent = self._scan(
             inputs,
@@ -120,11 +116,7 @@ class RNN(nn.Module):
             state_clip=self.state_clip,
             backend=self.backend,
         )
-        y = y.flatten(-2)
-        if self.gate:
-            y = y * F.silu(others[-1])
-        if self.norm is not None:
-            y = self.norm(y.to(self.norm.weight.dtype))  # autocast leaves it to us
+        y = gated_norm(y.flatten(-2), F.silu(others[-1]) if self.gate else None, self.norm)
         final_state = next_state(state, recurrent, conv_state, hidden, packing) if output_state else None
         return self.out_proj(y), final_state
 

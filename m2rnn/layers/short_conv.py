@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from m2rnn.layers.initialize import initialize
 from m2rnn.layers.packing import Packing
 from m2rnn.layers.sizes import check_sizes
+from m2rnn.layers.state import M2RNNState
 from m2rnn.ops.short_conv import is_fast, short_conv
 
 
@@ -119,6 +120,27 @@ class ShortConv(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, width={self.width}, activation={self.activation!r}"
+
+
+def convolve(
+    x: Tensor,
+    conv: ShortConv | None,
+    activation: str | None,
+    state: M2RNNState | None,
+    packing: Packing | None,
+    *,
+    output_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """``x`` [B, T, C] through a mixer's convolution, or its activation alone if it has none; and ``conv``'s new state.
+
+    ``state`` is the mixer's, whose part ``conv`` this reads.
+    """
+    if conv is None:
+        return F.silu(x) if activation == "silu" else x, None
+    mixed: tuple[Tensor, Tensor | None] = conv(
+        x, None if state is None else state.conv, packing, output_state=output_state
+    )
+    return mixed
 
 
 def check_init_std(**stds: object) -> None:

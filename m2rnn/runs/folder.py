@@ -132,6 +132,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
     force_to_disk(path.parent)
 
 
+def saved_step(folder: Path) -> int | None:
+    """The step of a run's newest checkpoint; None if nothing was saved."""
+    steps = [path.name.removeprefix("step-") for path in (folder / CHECKPOINTS).glob("step-*")]
+    return max((int(step) for step in steps if step.isdecimal()), default=None)
+
+
 def force_to_disk(path: Path) -> None:
     """fsync a file, or a folder's list of files."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -4,16 +4,22 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+STOPPING = "stopping after this step, with a checkpoint; Ctrl-C again to quit without saving"
 SAME_REQUEST = 1.0  # seconds: timeout and schedulers signal a process and its group, so it comes twice
 
 
 @contextmanager
-def interrupts_noted(signals: Sequence[signal.Signals] = (signal.SIGINT,)) -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether Ctrl-C was pressed, or another of ``signals`` came; one that comes more than
-    a second after the first does what it did before, as soon as Python code runs."""
+def interrupts_noted(
+    signals: Sequence[signal.Signals] = (signal.SIGINT,), tell: Callable[[str], None] = lambda text: None
+) -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether Ctrl-C was pressed, or another of ``signals`` came.
+
+    The first one is answered at once: ``tell`` is called with what will happen. One that comes more than a second after
+    the first does what it did before, as soon as Python code runs.
+    """
     noted = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's business
         yield noted.is_set
@@ -24,7 +30,10 @@ def interrupts_noted(signals: Sequence[signal.Signals] = (signal.SIGINT,)) -> It
         nonlocal first
         noted.set()
         now = time.monotonic()
-        first = now if first is None else first
+        if first is None:
+            first = now
+            with suppress(RuntimeError):  # the signal came while the same stream was being written
+                tell(STOPPING)
         if now - first > SAME_REQUEST:
             signal.signal(signal_number, previous[signal_number])
             signal.raise_signal(signal_number)

@@ -104,7 +104,8 @@ def train(
 
     display.say(f"compiling kernels, then from step {progress.step} on")
     log_bytes = saved["log_bytes"] if saved else 0
-    with interrupts_noted((SIGINT, SIGTERM)) as interrupted, Log(folder / LOG, keep_bytes=log_bytes) as log:
+    noted = interrupts_noted((SIGINT, SIGTERM), display.note)
+    with noted as interrupted, Log(folder / LOG, keep_bytes=log_bytes) as log:
         while not curriculum.is_finished(progress) and (minutes is None or seconds < 60 * minutes):
             batch = problem.batch("train", progress.step, settings.batch_size, progress.length, progress.inputs)
             rate = settings.learning_rate * curriculum.learning_rate(progress)

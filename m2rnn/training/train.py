@@ -198,7 +198,7 @@ def _build(run: _Run, minutes: float | None, stack: ExitStack) -> _Parts:
         throughput,
         run.display,
         log,
-        stack.enter_context(interrupts_noted((SIGINT, SIGTERM))),
+        stack.enter_context(interrupts_noted((SIGINT, SIGTERM), run.display.note)),
         minutes,
         run.saved["monitor"] if run.saved else None,
     )

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from m2rnn import cli
 from m2rnn.convert import ConversionError, convert
 from m2rnn.models import M2RNNConfig, M2RNNForCausalLM, presets
+from m2rnn.models.shim import AUTO_MAP, SHIM
 from tests.convert import lm_engine_by_hand as by_hand
 from tests.models.small import make
 from tests.tolerances import assert_close
@@ -95,6 +96,8 @@ def test_logits_are_those_of_the_equations_and_the_way_back_restores_every_bit(t
     done = convert(source, converted)
     assert done.to == "m2rnn"
     assert done.parameters == sum(x.numel() for x in tensors.values())
+    assert config_of(converted)["auto_map"] == AUTO_MAP
+    assert (converted / f"{SHIM}.py").exists()
 
     ids = torch.randint(by_hand.VOCAB, (2, 7))
     model = M2RNNForCausalLM.from_pretrained(converted).eval()
@@ -118,6 +121,8 @@ def test_own_models_go_to_lm_engine_and_back(tmp_path: Path, name: str) -> None:
     ours, theirs, back = tmp_path / "ours", tmp_path / "theirs", tmp_path / "back"
     model.save_pretrained(ours)
     assert convert(ours, theirs).to == "lm-engine"
+    assert "auto_map" not in config_of(theirs)
+    assert not list(theirs.glob("*.py"))
     config, ids = config_of(theirs), torch.randint(by_hand.VOCAB, (2, 7))
     expected = by_hand.logits(config, tensors_of(theirs), ids)
     with torch.no_grad():
@@ -125,6 +130,7 @@ def test_own_models_go_to_lm_engine_and_back(tmp_path: Path, name: str) -> None:
     convert(theirs, back)
     assert config_of(back) == config_of(ours)
     assert_same_bits(tensors_of(back), tensors_of(ours))
+    assert (back / f"{SHIM}.py").read_bytes() == (ours / f"{SHIM}.py").read_bytes()
 
 
 def test_halves_on_request_are_an_older_checkpoint_that_tells_so(tmp_path: Path) -> None:
@@ -152,7 +158,7 @@ def test_the_layout_on_request_wins_over_the_config_and_goes_back(tmp_path: Path
     assert_same_bits(tensors_of(tmp_path / "back"), tensors)
 
 
-def test_a_model_trained_on_after_conversion_goes_back_with_its_new_weights_and_settings(tmp_path: Path) -> None:
+def test_a_model_trained_after_conversion_goes_back_with_new_weights_and_settings(tmp_path: Path) -> None:
     config = by_hand.config()
     by_hand.save(tmp_path / "theirs", config, by_hand.random_tensors(config))
     convert(tmp_path / "theirs", tmp_path / "ours")

@@ -72,6 +72,7 @@ def test_only_W_is_cut_and_the_model_says_so(heads: int | None, dtype: torch.dty
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "modeling_m2rnn.py",
         "tokenizer.json",
     ]
     model, before = (M2RNNForCausalLM.from_pretrained(folder) for folder in (out, source))

@@ -190,7 +190,7 @@ def test_a_saved_model_loads_as_it_was(family: str, tmp_path: Path) -> None:
     for name, parameter in loaded.named_parameters():
         assert torch.equal(parameter.double(), expected[name].double().to(parameter.dtype).double()), name
     assert m2rnn.swapped_parameters(loaded).keys() == m2rnn.swapped_parameters(model).keys()
-    assert {path.suffix for path in tmp_path.iterdir()} <= {".json", ".safetensors"}
+    assert {path.suffix for path in tmp_path.iterdir()} <= {".json", ".py", ".safetensors"}
 
     again = tmp_path / "again"
     loaded.save_pretrained(again)
@@ -283,7 +283,7 @@ def test_projections_and_gate_of_a_gated_deltanet_are_taken_over(family: str) ->
 
 @pytest.mark.parametrize("family", ["granite", "bamba", "nemotron_h"])
 @torch.no_grad()
-def test_a_mamba2_layer_with_slow_decay_and_small_inputs_is_the_same_function_up_to_the_norm(family: str) -> None:
+def test_a_mamba2_layer_of_slow_decay_and_small_inputs_is_the_same_up_to_the_norm(family: str) -> None:
     model, x = make(family), torch.randn(2, 12, 32, dtype=torch.float64)
     old = mixer_of(model, 0)
     old.conv1d.bias.zero_()

@@ -253,7 +253,7 @@ def test_text_that_cannot_be_read_stops_or_is_counted(tmp_path):
     assert texts_of(TokenDataset(tmp_path / "tokens")) == ["1", "2"]
 
 
-def test_of_a_cut_archive_all_whole_documents_are_kept_and_the_damage_is_counted_once(tmp_path):
+def test_of_a_cut_archive_whole_documents_are_kept_and_the_damage_counts_once(tmp_path):
     path = write_json_lines(tmp_path / "a.jsonl.gz", many(1000))
     path.write_bytes(path.read_bytes()[:-9])
     arguments = (path, "--processes=1", "--out", tmp_path / "tokens")

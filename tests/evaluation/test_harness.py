@@ -118,7 +118,7 @@ def tasks(tmp_path_factory, model):
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli.app, ["eval", *map(str, arguments), "--device", "cpu"])
+    return CliRunner().invoke(cli.app, ["eval", "tasks", *map(str, arguments), "--device", "cpu"])
 
 
 def scores(out):
@@ -188,10 +188,10 @@ def test_a_group_of_tasks_is_scored_as_a_whole(tmp_path, folder, tasks):
         (["--tasks", "tiny_choice", "--include-path", "{tasks}/nothing"], "no such folder"),
         (["--tasks", "tiny_choice,tiny_choice"], "expected different names"),
         (["--tasks", "tiny_choice,"], "expected different names"),
-        (["--tasks", "tiny_choice", "--data", "x"], "expected one of --data"),
-        (["--tasks", "tiny_choice", "--context", "full"], "tasks need numbers"),
+        (["--tasks", "tiny_choice", "--data", "x"], "No such option: --data"),
+        (["--tasks", "tiny_choice", "--context", "full"], "context 'full': expected whole numbers such as 4096,16384"),
         (["--tasks", "tiny_choice", "--limit", "0"], "limit 0"),
-        (["--tasks", "tiny_choice", "--stride", "3"], "stride 3: expected with --data alone"),
+        (["--tasks", "tiny_choice", "--stride", "3"], "No such option: --stride"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, folder, tasks, arguments, message, monkeypatch):

@@ -573,7 +573,7 @@ def test_the_command_measures_recall(tmp_path, model, data):
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli.app, ["eval", *map(str, arguments)])
+    return CliRunner().invoke(cli.app, ["eval", "text", *map(str, arguments)])
 
 
 def test_the_command_prints_the_table_or_the_results(tmp_path, model, data):
@@ -592,7 +592,7 @@ def test_the_command_prints_the_table_or_the_results(tmp_path, model, data):
 MISTAKES = {
     "no model": (["{tmp}/nothing", "--data", "{data}"], "nothing is no folder"),
     "no config": (["{tmp}", "--data", "{data}"], "has no config.json"),
-    "no text": (["{model}"], "expected one of --data"),
+    "no text": (["{model}"], "Missing option '--data'"),
     "no data": (["{model}", "--data", "{tmp}/nothing"], "no such file or folder"),
     "empty text": (["{model}", "--data", "{empty}"], "empty"),
     "only empty documents": (["{model}", "--data", "{blank}"], "every document is empty"),
@@ -614,8 +614,8 @@ MISTAKES = {
         "recall_ngram 0: expected at least 1",
     ),
     "ngram alone": (["{model}", "--data", "{data}", "--recall-ngram", "2"], "recall_ngram 2: expected with --recall"),
-    "recall of tasks": (["{model}", "--tasks", "a", "--recall"], "recall True: expected with --data alone"),
-    "option of tasks": (["{model}", "--data", "{data}", "--limit", "3"], "limit 3: expected with --tasks alone"),
+    "recall of tasks": (["{model}", "--tasks", "a", "--recall"], "No such option: --tasks"),
+    "option of tasks": (["{model}", "--data", "{data}", "--limit", "3"], "No such option: --limit"),
     "no tokenizer": (["{bare}", "--data", "{data}"], "has no tokenizer"),
     "vocabulary": (["{small}", "--data", "{data}"], "a vocabulary of 23 ids"),
     "other tokenizer": (["{bpe}", "--data", "{tokens}"], "is not the tokenizer that made"),

@@ -1,49 +1,17 @@
 """Saved models in processes that have not imported this library, and in those that have not got it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from m2rnn.models import M2RNNConfig, M2RNNForSequenceClassification, M2RNNForTokenClassification
 from m2rnn.models.shim import AUTO_MAP, SHIM
+from tests.models.fresh import WITHOUT_THE_PACKAGE, files, run, save_tokenizer
 from tests.models.small import VOCAB, config, make
 from tests.tolerances import assert_close
-
-WITHOUT_THE_PACKAGE = """
-import sys
-class Absent:
-    def find_spec(self, name, *others):
-        if name.split(".")[0] == "m2rnn":
-            raise ModuleNotFoundError(f"No module named {name!r}", name="m2rnn")
-sys.meta_path.insert(0, Absent())
-"""
-
-
-def run(code: str, *arguments: Path, home: Path) -> str:
-    """What a fresh Python process prints, which keeps the copies of shims in ``home``."""
-    environment = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ":".join(p for p in sys.path if p)}
-    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def save_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {f"w{number}": number for number in range(VOCAB)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2", pad_token="w0").save_pretrained(folder)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_fresh_process_loads_uses_and_saves_the_model(tmp_path: Path) -> None:

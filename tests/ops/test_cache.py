@@ -170,6 +170,18 @@ def test_a_cache_that_cannot_be_written_is_announced_and_survived(
     assert _files(folder) == before, "nothing half written is left"
 
 
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_the_warning_names_the_folder_that_was_tried(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(variable, str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="cannot keep") as caught:
+        _asked()
+    own = "" if variable == "M2RNN_CACHE_DIR" else "/m2rnn"
+    assert f"in {tmp_path}/file{own}/cpu (" in str(caught[0].message).replace(os.sep, "/")
+
+
 def test_a_file_that_cannot_be_replaced_is_announced_and_survived(folder: Path) -> None:
     _asked()
     (file,) = _files(folder)
@@ -328,7 +340,7 @@ def test_cpu_kernels_are_of_this_source(tmp_path: Path, monkeypatch: pytest.Monk
     assert reached <= set(code._SOURCES), reached - set(code._SOURCES)
 
     for number, source in enumerate(code._SOURCES):
-        changed = tmp_path / "changed.py"
+        changed = tmp_path / source.name
         changed.write_text(source.read_text(encoding="utf-8") + "\n", encoding="utf-8")
         sources = list(code._SOURCES)
         before = code._key()

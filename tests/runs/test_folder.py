@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from m2rnn.runs.folder import RunFolderError, run_folder, whole_folder, write_whole_file
+from m2rnn.runs.folder import CHECKPOINTS, RunFolderError, run_folder, saved_step, whole_folder, write_whole_file
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"group": "S3", "seed": 0, "test_lengths": [8, 16]}
@@ -111,3 +111,10 @@ def test_a_file_is_replaced_in_one_go(tmp_path):
     write_whole_file(path, b"two")
     assert path.read_bytes() == b"two"
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_the_step_that_a_run_has_saved_is_that_of_its_newest_whole_checkpoint(tmp_path):
+    assert saved_step(tmp_path) is None
+    for name in ("step-00000900", "step-00001000", "step-00002000.partial"):
+        (tmp_path / CHECKPOINTS / name).mkdir(parents=True)
+    assert saved_step(tmp_path) == 1000

@@ -16,12 +16,15 @@ def test_one_request_that_comes_twice_is_noted_and_a_later_one_ends_the_process(
     clock = [100.0]
     monkeypatch.setattr(interrupts, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     before = signal.getsignal(signal.SIGINT)
-    with interrupts_noted() as interrupted:
+    told = []
+    with interrupts_noted(tell=told.append) as interrupted:
         assert not interrupted()
+        assert told == []
         for _ in range(3):
             signal.raise_signal(signal.SIGINT)
             clock[0] += SAME_REQUEST / 2
         assert interrupted()
+        assert told == ["stopping after this step, with a checkpoint; Ctrl-C again to quit without saving"]
         clock[0] += SAME_REQUEST
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)

@@ -65,7 +65,7 @@ def test_a_comparison_survives_a_failed_run_and_goes_on_with_it_alone(tmp_path, 
         compare(SETTINGS, MIXERS, [0], tmp_path)
 
 
-def test_an_interrupted_comparison_that_overwrites_another_goes_on_without_overwriting(tmp_path, monkeypatch):
+def test_an_interrupted_comparison_that_overwrites_goes_on_without_overwriting(tmp_path, monkeypatch):
     compare(SETTINGS, MIXERS, SEEDS, tmp_path)
     other = replace(SETTINGS, steps=3)
 
@@ -80,7 +80,7 @@ def test_an_interrupted_comparison_that_overwrites_another_goes_on_without_overw
     assert [run["training"]["step"] for run in results["runs"].values()] == [3, 3, 3, 3]
 
 
-def test_the_table_of_the_docs_leaves_out_the_seeds_of_a_comparison_that_was_overwritten(tmp_path):
+def test_the_table_of_the_docs_leaves_out_the_seeds_of_an_overwritten_comparison(tmp_path):
     compare(SETTINGS, ["gru"], [0, 3], tmp_path)
     results = compare(replace(SETTINGS, steps=3), ["gru"], [3], tmp_path, overwrite=True)
     assert runs_in(tmp_path) == list(results["runs"].values())

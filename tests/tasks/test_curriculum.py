@@ -99,7 +99,7 @@ def test_learning_rate_rises_stays_and_falls(steps, loss):
     assert rates[-1] == pytest.approx(min(1 / min(steps, curriculum.decay_steps), len(rates) / WARMUP_STEPS))
 
 
-def test_the_learning_rate_falls_with_the_square_root_of_the_length_the_sequences_grow_to():
+def test_the_learning_rate_falls_with_the_root_of_the_length_that_sequences_grow_to():
     curriculum = Curriculum(train_length=64, steps=1000)
     history = run(curriculum, lambda progress: 0.02)
     rates = {progress.length: curriculum.learning_rate(progress) for progress in history[WARMUP_STEPS:-200]}

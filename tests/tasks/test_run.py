@@ -92,7 +92,7 @@ def test_the_score_is_that_of_the_test_split_in_batches_of_any_size(solved, monk
     assert whole.sequences == 50
 
 
-def test_the_model_is_the_one_tested_after_a_training_that_had_ended_by_minutes_went_on(tmp_path, monkeypatch):
+def test_the_model_is_the_one_tested_after_a_training_ended_by_minutes_went_on(tmp_path, monkeypatch):
     tested = []
 
     def press_ctrl_c(trained, *rest):

@@ -186,7 +186,7 @@ def test_sharded_processes_share_a_tied_weight(tmp_path, data):
     assert_same_loss(tmp_path / "two", tmp_path / "one")
 
 
-def test_tensorboard_has_each_step_once_after_a_kill_and_entries_come_as_often_as_now_wanted(
+def test_tensorboard_has_each_step_once_after_a_kill_and_entries_as_often_as_wanted(
     tmp_path, data, monkeypatch
 ):
     end = Monitor.on_step_end
@@ -527,3 +527,22 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, data):
     newest = max(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert f"step {int(newest.removeprefix('step-')):,} of 100,000 is saved, and the same command goes on" in error
     assert "Traceback" not in error
+
+
+def test_a_second_ctrl_c_says_what_is_saved_and_the_first_is_answered_at_once(tmp_path, data, monkeypatch):
+    monkeypatch.setattr("m2rnn.runs.interrupts.SAME_REQUEST", -1.0)  # else it would be one request that comes twice
+    end = Monitor.on_step_end
+
+    def press_twice(self, args, state, control, **kwargs):
+        end(self, args, state, control, **kwargs)
+        if state.global_step == steps[-1]:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Monitor, "on_step_end", press_twice)
+    steps = []
+    for step, kept in ((1, "its beginning: no checkpoint was saved"), (3, "step 2, which is saved")):
+        steps.append(step)
+        done = CliRunner().invoke(app, ["train", *SETTINGS, "--data", data, "--out", str(tmp_path)])
+        assert done.exit_code == 130
+        assert "stopping after this step, with a checkpoint; Ctrl-C again to quit without saving" in done.stdout
+        assert f"interrupted; the same command resumes the run in {tmp_path}, from {kept}" in done.stderr

@@ -1,5 +1,54 @@
-"""Synthetic problems with exact answers: a generator and a scorer each, in numpy, which know no model."""
+"""Synthetic problems with exact answers: a generator and a scorer each, in numpy, which know no model.
 
-from m2rnn.tasks.problems.word_problem import Batch, Group, Score, Split, WordProblem
+`PROBLEMS` lists them. Start with `contract` (what a problem is), then `generate` (how batches are drawn), then any one.
+"""
 
-__all__ = ["Batch", "Group", "Score", "Split", "WordProblem"]
+from collections.abc import Callable
+from functools import partial
+
+from m2rnn.tasks.problems.arithmetic import ModularArithmetic, ModularArithmeticBrackets
+from m2rnn.tasks.problems.automata import CycleNavigation, EvenPairs, Parity
+from m2rnn.tasks.problems.contract import IGNORED, SPLITS, Batch, Problem, Score, Split, check_problem, load_problem
+from m2rnn.tasks.problems.dyck import Dyck
+from m2rnn.tasks.problems.flip_flop import FlipFlop
+from m2rnn.tasks.problems.generate import Draws, ExactProblem
+from m2rnn.tasks.problems.keyed_automata import KeyedAutomata
+from m2rnn.tasks.problems.word_problem import Group, WordProblem
+
+__all__ = [
+    "IGNORED", "PROBLEMS", "SPLITS", "Batch", "Draws", "ExactProblem", "Group", "Problem", "Score", "Split",
+    "WordProblem", "check_problem", "load_problem", "make_problem",
+]  # fmt: skip
+
+PROBLEMS: dict[str, Callable[..., Problem]] = {
+    "parity": Parity,
+    "even_pairs": EvenPairs,
+    "cycle_navigation": CycleNavigation,
+    "modular_arithmetic": ModularArithmetic,
+    "modular_arithmetic_brackets": ModularArithmeticBrackets,
+    "flip_flop": FlipFlop,
+    "dyck": Dyck,
+    "dyck_depth": partial(Dyck, answer="depth"),
+    "keyed_automata": KeyedAutomata,
+}
+
+
+def make_problem(name: str, **options: object) -> Problem:
+    """The problem ``name`` of `PROBLEMS`, the group of that name, or one's own, if ``name`` ends in .py.
+
+    ``options`` are the fields of the problem, such as ``seed``. ``ValueError`` for what does not exist.
+    """
+    if name.endswith(".py"):
+        return load_problem(name, **options)
+    make = PROBLEMS.get(name)
+    if make is None:
+        try:
+            make = partial(WordProblem, Group.from_name(name))
+        except ValueError:
+            raise ValueError(
+                f"task {name!r}: expected {', '.join(PROBLEMS)}, a group such as S3 or A5, or a path ending in .py"
+            ) from None
+    try:
+        return make(**options)
+    except TypeError as error:
+        raise ValueError(f"task {name!r} cannot be made from {options}: {error}") from error

@@ -16,17 +16,19 @@ Order of composition: a · b means "first a, then b". As permutations of points,
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from itertools import pairwise, permutations
-from typing import Literal, NamedTuple
+from itertools import permutations
+from typing import ClassVar, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-IntArray = NDArray[np.int64]
-HashArray = NDArray[np.uint64]
-Split = Literal["train", "validation", "test"]
+from m2rnn.tasks.problems.contract import Batch, IntArray, Problem, Score, Split
+from m2rnn.tasks.problems.generate import SPLIT_NUMBER, in_split
+
+__all__ = ["Batch", "Group", "Inputs", "Score", "Split", "WordProblem", "check_group_axioms", "in_split"]
+
 Inputs = Literal["all", "generators"]
 
 MAX_ORDER = 2048  # the table has order² entries
@@ -138,16 +140,9 @@ def check_group_axioms(table: IntArray, generators: tuple[int, ...]) -> None:
         raise ValueError(f"elements {generators} do not generate the group")
 
 
-class Batch(NamedTuple):
-    """``inputs`` [N, T] and their running products ``targets`` [N, T]."""
-
-    inputs: IntArray
-    targets: IntArray
-
-
 @dataclass(frozen=True)
 class WordProblem:
-    """Random sequences over a group, with their running products.
+    """Random sequences over a group, with their running products: a `Problem` with an answer at every position.
 
     ``inputs="all"`` draws each token from all elements; ``"generators"`` from the identity and a generating
     set (with the identity, because otherwise a cyclic group would have one sequence of each length). Tokens
@@ -166,11 +161,28 @@ class WordProblem:
     inputs: Inputs = "all"
     seed: int = 0
 
+    source: ClassVar[str] = "Liu et al., arXiv 2210.10749; Merrill et al., arXiv 2404.08819"
+    train_lengths: ClassVar[tuple[int, int]] = (128, 128)
+    test_lengths: ClassVar[tuple[int, ...]] = (128, 256, 512, 1024, 4096)
+    min_length: ClassVar[int] = 1
+
     def __post_init__(self) -> None:
         if self.inputs not in ("all", "generators"):
             raise ValueError(f"inputs {self.inputs!r}: expected 'all' or 'generators'")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed}: expected an integer from 0 to 2**63 - 1")
+
+    @property
+    def name(self) -> str:
+        return self.group.name
+
+    @property
+    def vocab_size(self) -> int:
+        return self.group.order
+
+    def variants(self) -> Mapping[str, Problem]:
+        """None: there is one distribution."""
+        return {}
 
     @cached_property
     def alphabet(self) -> IntArray:
@@ -221,69 +233,7 @@ class WordProblem:
     def _draw(self, split: Split, index: int, attempt: int, rows: int, length: int, below: int) -> IntArray:
         # Raw bits, because numpy keeps them the same from version to version, but not what Generator makes of
         # them. The counter's first word counts the numbers within one draw.
-        stream = np.random.Philox(counter=[0, attempt, index, length], key=[self.seed, _SPLIT_NUMBER[split]])
+        stream = np.random.Philox(counter=[0, attempt, index, length], key=[self.seed, SPLIT_NUMBER[split]])
         high_bits = stream.random_raw(rows * length).reshape(rows, length) >> np.uint64(32)
         numbers = (high_bits * np.uint64(below)) >> np.uint64(32)
         return numbers.astype(np.int64)
-
-
-_SPLIT_NUMBER: dict[Split, int] = {"train": 0, "validation": 1, "test": 2}
-_EIGHTHS: dict[Split, tuple[int, ...]] = {"train": (0, 1, 2, 3, 4, 5), "validation": (6,), "test": (7,)}
-
-
-def in_split(sequences: IntArray, split: Split) -> NDArray[np.bool_]:
-    """For each row of ``sequences`` [N, T], whether it belongs to ``split``."""
-    eighth = _hash_rows(sequences) >> np.uint64(61)
-    return np.isin(eighth, np.array(_EIGHTHS[split], dtype=np.uint64))
-
-
-def _hash_rows(sequences: IntArray) -> HashArray:
-    """64 well-mixed bits of every row's tokens, their positions and their number."""
-    positions = np.arange(1, sequences.shape[1] + 1, dtype=np.uint64) << np.uint64(32)
-    words = _mix_bits(sequences.astype(np.uint64) | positions)
-    return _mix_bits(words.sum(axis=1, dtype=np.uint64))
-
-
-def _mix_bits(x: HashArray) -> HashArray:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014), a bijection of 64-bit words."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-class Score:
-    """Accuracy by position, added up batch by batch."""
-
-    def __init__(self, length: int) -> None:
-        self.sequences = 0
-        self._correct = np.zeros(length, dtype=np.int64)
-
-    def add(self, predictions: IntArray, targets: IntArray) -> None:
-        """Count the right ``predictions`` [N, T]."""
-        if predictions.shape != targets.shape or targets.shape[1:] != self._correct.shape:
-            raise ValueError(
-                f"predictions {predictions.shape} and targets {targets.shape}: "
-                f"expected both to be (sequences, {len(self._correct)})"
-            )
-        self.sequences += len(targets)
-        self._correct += (predictions == targets).sum(axis=0)
-
-    def by_position(self) -> NDArray[np.float64]:
-        """The share of sequences that are right at each position, [T]."""
-        return self._correct / self.sequences
-
-    def accuracy(self, start: int = 0, stop: int | None = None) -> float:
-        """The share of right predictions at positions start … stop - 1; at all positions by default."""
-        return float(self.by_position()[start:stop].mean())
-
-    def last_quarter(self) -> float:
-        """Accuracy over the last quarter of the positions (rounded up), after errors had time to add up."""
-        length = len(self._correct)
-        return self.accuracy(start=length - -(-length // 4))
-
-    def in_buckets(self, count: int = 32) -> list[tuple[int, int, float]]:
-        """(start, stop, accuracy) of at most ``count`` ranges of positions of nearly equal size."""
-        length = len(self._correct)
-        edges = np.linspace(0, length, min(count, length) + 1).round().astype(int).tolist()
-        return [(start, stop, self.accuracy(start, stop)) for start, stop in pairwise(edges)]
