@@ -103,8 +103,8 @@ class M2RNNConfig(PreTrainedConfig):
             projections take it divided by √(2 · layers).
         embedding_range: standard deviation of the embedding at the start; default ``initializer_range``.
         router_aux_loss_coef: weight of the mixtures of experts' auxiliary losses, summed over layers, in the loss of
-            training.
-        output_router_logits: whether the model returns the routers' logits by default.
+            training; 0 without experts.
+        output_router_logits: whether the model returns the routers' logits by default; None without experts.
         tie_word_embeddings: one matrix for embedding and head.
         use_cache: whether the model returns its states by default when not training.
 
@@ -131,7 +131,7 @@ class M2RNNConfig(PreTrainedConfig):
     initializer_range: int | float = 0.02  # an int too: JSON and people write 0 and 1
     embedding_range: int | float | None = None
     router_aux_loss_coef: int | float = 0.001
-    output_router_logits: bool | None = False  # None without experts, as other libraries expect
+    output_router_logits: bool | None = False
     tie_word_embeddings: bool = False
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -163,7 +163,10 @@ class M2RNNConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.mlps = self.mlps or ["swiglu"] * len(self.mixers)
         self.check_layers()
-        self.output_router_logits = bool(self.output_router_logits) if "moe" in self.mlps else None
+        if "moe" in self.mlps:
+            self.output_router_logits = bool(self.output_router_logits)
+        else:  # otherwise other libraries take the model for a mixture and look for its experts
+            self.output_router_logits, self.router_aux_loss_coef = None, 0.0
         self.auto_map = with_own_entries(self.auto_map)
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 

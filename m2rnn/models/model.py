@@ -39,6 +39,7 @@ from m2rnn.models.cache import CACHE_NAME, M2RNNCache
 from m2rnn.models.capture import CapturedDecoding
 from m2rnn.models.config import MIXERS, MLPS, M2RNNConfig
 from m2rnn.models.loss import IGNORED, LanguageModelHead, chunked_cross_entropy
+from m2rnn.models.own_cache import own_cache
 
 
 class M2RNNBlock(GradientCheckpointingLayer):
@@ -180,7 +181,7 @@ class M2RNNModel(M2RNNPreTrainedModel):
             position_ids: ``[B, T]`` or ``[1, T]``, for rotary attention; by default each sequence counts from
                 0. In one row without mask and earlier tokens, a position that does not follow the one before it
                 starts a new packed sequence; in several rows it is an error.
-            past_key_values: the cache of an earlier call.
+            past_key_values: the cache of an earlier call; an empty ``DynamicCache`` becomes one.
             use_cache: whether to return the cache; by default if one is given, or ``config.use_cache`` when
                 not training.
             cu_seq_lens_q: int ``[N + 1]``, boundaries of the sequences packed in a batch of one row; wins
@@ -201,9 +202,7 @@ class M2RNNModel(M2RNNPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         assert inputs is not None
-        cache = _one_cache(past_key_values, cache)
-        if cache is not None and not isinstance(cache, M2RNNCache):
-            raise ValueError(f"past_key_values must be an M2RNNCache, got {type(cache).__name__}")
+        cache = _one_cache(past_key_values, cache, len(self.layers))
         if packing == "find":
             packing = layout_of(inputs, attention_mask, cu_seq_lens_q, position_ids, cache)
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -280,10 +279,10 @@ class M2RNNModel(M2RNNPreTrainedModel):
         )
 
 
-def _one_cache(past_key_values: M2RNNCache | None, cache: M2RNNCache | None) -> M2RNNCache | None:
+def _one_cache(past_key_values: Any, cache: Any, num_layers: int) -> M2RNNCache | None:
     if past_key_values is not None and cache is not None:
         raise ValueError("give past_key_values or cache, which are two names of the same thing, not both")
-    return past_key_values if cache is None else cache
+    return own_cache(past_key_values if cache is None else cache, num_layers)
 
 
 def layout_of(
@@ -383,7 +382,7 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
         # No argument of its own, since Trainer evaluates a loss only for batches that have all arguments named so
         shift_labels: Tensor | None = kwargs.get("shift_labels")
         inputs = input_ids if inputs_embeds is None else inputs_embeds
-        cache = _one_cache(past_key_values, cache)
+        cache = _one_cache(past_key_values, cache, self.config.num_hidden_layers)
         packing = None
         if inputs is not None:
             packing = layout_of(inputs, attention_mask, cu_seq_lens_q, position_ids, cache)
@@ -450,6 +449,7 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"cache_implementation must be None or 'static', got {kind!r}: the model makes its own cache"
             )
+        own_cache(model_kwargs.get(CACHE_NAME), self.config.num_hidden_layers)
         if generation_config.use_cache is False or model_kwargs.get(CACHE_NAME) is not None:
             return
         if kind == "static" and generation_config.prefill_chunk_size == 1:

@@ -29,7 +29,8 @@ CHANGED: dict[str, str] = {
     for option in read_json(DATA / "commands.json")["eval"]
 }
 CHANGED |= {
-    f"{name} output_router_logits": "`output_router_logits` is None in models without experts, as other tools expect."
+    f"{name} {field}": "Without experts `output_router_logits` is None and `router_aux_loss_coef` 0: TRL asks these."
+    for field in ("output_router_logits", "router_aux_loss_coef")
     for name, fields in read_json(DATA / "presets.json").items()
     if "moe" not in fields["mlps"]
 }

@@ -55,7 +55,7 @@ def test_the_number_of_layers_may_be_given_too() -> None:
 
 
 def test_whole_numbers_are_numbers() -> None:
-    config = M2RNNConfig(router_aux_loss_coef=0, embedding_range=1)
+    config = M2RNNConfig(mlps=["moe"] * 4, router_aux_loss_coef=0, embedding_range=1)
     assert (config.router_aux_loss_coef, config.embedding_range) == (0, 1)
 
 
@@ -108,5 +108,6 @@ def names_in(config: M2RNNConfig) -> dict:
 
 def test_router_logits_are_none_without_experts_and_old_files_load_so() -> None:
     assert M2RNNConfig.from_dict({"output_router_logits": False}).output_router_logits is None
+    assert M2RNNConfig(router_aux_loss_coef=0.01).router_aux_loss_coef == 0
     assert M2RNNConfig(mlps=["moe"] * 4).output_router_logits is False
     assert M2RNNConfig(mlps=["moe"] * 4, output_router_logits=True).output_router_logits is True

@@ -178,7 +178,7 @@ def test_contradictory_inputs_are_refused() -> None:
     for layers in (2, 4):
         with pytest.raises(ValueError, match=f"past_key_values is for {layers} layers, but the model has 3"):
             model(ids, past_key_values=M2RNNCache(layers))
-    with pytest.raises(ValueError, match="must be an M2RNNCache, got tuple"):
+    with pytest.raises(ValueError, match="must be an M2RNNCache or an empty DynamicCache, got tuple"):
         model(ids, past_key_values=())
     with pytest.raises(ValueError, match=r"position_ids must be \[2, 4\] or \[1, 4\], got \(4,\)"):
         model(ids, position_ids=torch.arange(4))
