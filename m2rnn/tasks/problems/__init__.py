@@ -8,11 +8,23 @@ from functools import partial
 
 from m2rnn.tasks.problems.arithmetic import ModularArithmetic, ModularArithmeticBrackets
 from m2rnn.tasks.problems.automata import CycleNavigation, EvenPairs, Parity
+from m2rnn.tasks.problems.bucket_sort import BucketSort
+from m2rnn.tasks.problems.compression import Compression
 from m2rnn.tasks.problems.contract import IGNORED, SPLITS, Batch, Problem, Score, Split, check_problem, load_problem
+from m2rnn.tasks.problems.copying import Copying, Reversing
 from m2rnn.tasks.problems.dyck import Dyck
 from m2rnn.tasks.problems.flip_flop import FlipFlop
+from m2rnn.tasks.problems.fuzzy_recall import FuzzyRecall
 from m2rnn.tasks.problems.generate import Draws, ExactProblem
+from m2rnn.tasks.problems.in_context_recall import InContextRecall
 from m2rnn.tasks.problems.keyed_automata import KeyedAutomata
+from m2rnn.tasks.problems.memorisation import Memorisation
+from m2rnn.tasks.problems.mqar import MQAR
+from m2rnn.tasks.problems.needle import Needle
+from m2rnn.tasks.problems.palindromes import Palindromes
+from m2rnn.tasks.problems.phonebook import Phonebook
+from m2rnn.tasks.problems.selective_copying import SelectiveCopying
+from m2rnn.tasks.problems.stack_manipulation import StackManipulation
 from m2rnn.tasks.problems.word_problem import Group, WordProblem
 
 __all__ = [
@@ -21,6 +33,7 @@ __all__ = [
 ]  # fmt: skip
 
 PROBLEMS: dict[str, Callable[..., Problem]] = {
+    # State: what a finite automaton tracks.
     "parity": Parity,
     "even_pairs": EvenPairs,
     "cycle_navigation": CycleNavigation,
@@ -30,6 +43,21 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
     "dyck": Dyck,
     "dyck_depth": partial(Dyck, answer="depth"),
     "keyed_automata": KeyedAutomata,
+    # Memory: what has to be kept and found again.
+    "mqar": MQAR,
+    "selective_copying": SelectiveCopying,
+    "copying": Copying,
+    "reversing": Reversing,
+    "palindromes": Palindromes,
+    "bucket_sort": BucketSort,
+    "stack_manipulation": StackManipulation,
+    "phonebook": Phonebook,
+    "needle": Needle,
+    "in_context_recall": InContextRecall,
+    "noisy_recall": partial(InContextRecall, noise=0.2),
+    "fuzzy_recall": FuzzyRecall,
+    "compression": Compression,
+    "memorisation": Memorisation,
 }
 
 

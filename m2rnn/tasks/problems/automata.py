@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from math import log2
 from typing import ClassVar, Literal
 
-import numpy as np
-
 from m2rnn.tasks.problems.contract import Batch, IntArray
 from m2rnn.tasks.problems.generate import Draws, ExactProblem, check_at_least, check_one_of, ignored
 
@@ -122,8 +120,3 @@ def only_last(answers: IntArray) -> IntArray:
     targets = ignored(*answers.shape)
     targets[:, -1:] = answers[:, -1:]
     return targets
-
-
-def place(targets: IntArray, where: IntArray, answers: IntArray) -> None:
-    """Write ``answers`` [N, K] into ``targets`` [N, T] at the positions ``where`` [N, K]."""
-    np.put_along_axis(targets, where, answers, axis=1)

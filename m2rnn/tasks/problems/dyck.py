@@ -29,7 +29,6 @@ class Dyck(ExactProblem):
     depth: int = 4
     answer: Literal["close", "depth"] = "close"
 
-    name: ClassVar[str] = "dyck"
     source: ClassVar[str] = "Hewitt et al., arXiv 2010.07515"
     train_lengths: ClassVar[tuple[int, int]] = (128, 128)
     test_lengths: ClassVar[tuple[int, ...]] = (128, 256, 512, 1024, 2048)
@@ -38,6 +37,10 @@ class Dyck(ExactProblem):
         super().__post_init__()
         check_at_least(1, kinds=self.kinds, depth=self.depth)
         check_one_of("close", "depth", answer=self.answer)
+
+    @property
+    def name(self) -> str:
+        return "dyck" if self.answer == "close" else "dyck_depth"
 
     @property
     def vocab_size(self) -> int:

@@ -65,7 +65,7 @@ class Draws:
 
 @dataclass(frozen=True, kw_only=True)
 class ExactProblem(ABC):
-    """A problem of which only `generate`, ``vocab_size`` and `entropy` remain to be written.
+    """A problem of which only `generate`, `entropy`, the vocabulary, lengths and names remain to be written.
 
     Every batch is a function of (options, seed, split, index, batch_size, length) alone, on every machine and version
     of numpy. A hash of its inputs assigns a sequence to train (3/4 of them), validation (1/8) or test (1/8), whatever
@@ -75,15 +75,23 @@ class ExactProblem(ABC):
 
     seed: int = 0
 
-    name: ClassVar[str]
     source: ClassVar[str]
     train_lengths: ClassVar[tuple[int, int]]
     test_lengths: ClassVar[tuple[int, ...]]
-    min_length: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed}: expected an integer from 0 to 2**63 - 1")
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Short and unique."""
+
+    @property
+    def min_length(self) -> int:
+        """The shortest sequence."""
+        return 1
 
     @property
     @abstractmethod

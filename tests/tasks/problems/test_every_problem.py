@@ -24,6 +24,20 @@ DIGESTS: dict[str, str] = {
     "dyck": "ecb3075226287ea2",
     "dyck_depth": "cd44eb159d64fc42",
     "keyed_automata": "bb779b1707487f77",
+    "mqar": "9587534aae55a13c",
+    "selective_copying": "fbf27d87d56c2607",
+    "copying": "e5c041c34babe024",
+    "reversing": "7198cdbb078bbf81",
+    "palindromes": "4ec0b7d451de2422",
+    "bucket_sort": "c375f9cd5e7d3af3",
+    "stack_manipulation": "3a25a300fac4fb7a",
+    "phonebook": "5864b0775305d7d2",
+    "needle": "792a6d54dcbdd332",
+    "in_context_recall": "ebcf972a11ac2053",
+    "noisy_recall": "73edf7dfb277686f",
+    "fuzzy_recall": "30fbd495f508bf50",
+    "compression": "cc861e8fb9f8de8d",
+    "memorisation": "a23bfebaf41346be",
 }
 
 # Other options, each at its edges: the smallest vocabularies, and whatever else a branch depends on.
@@ -37,6 +51,20 @@ OPTIONS: dict[str, list[dict]] = {
     "dyck": [{"kinds": 1, "depth": 1}, {"kinds": 1, "depth": 3}, {"kinds": 3, "depth": 1}, {"kinds": 2, "depth": 30}],
     "dyck_depth": [{"kinds": 1, "depth": 5}],
     "keyed_automata": [{"keys": 1, "states": 1, "letters": 1}, {"keys": 9, "states": 2, "letters": 3, "machine": 5}],
+    "mqar": [{"vocabulary": 4}, {"pairs": 4, "filler": "zero"}, {"pairs": 300, "power": 1.0}, {"vocabulary": 64}],
+    "selective_copying": [{"vocabulary": 3}, {"count": 1}, {"vocabulary": 128, "count": 96}],
+    "copying": [{"symbols": 2}],
+    "reversing": [{"symbols": 10}],
+    "palindromes": [{"symbols": 2}, {"symbols": 26}],
+    "bucket_sort": [{"symbols": 1}, {"symbols": 9}],
+    "stack_manipulation": [],
+    "phonebook": [{"names": 1}, {"names": 3}],
+    "needle": [{"symbols": 1, "needles": 1}, {"needles": 16}],
+    "in_context_recall": [{"symbols": 2}, {"symbols": 3}, {"symbols": 128}],
+    "noisy_recall": [{"noise": 0.8}, {"noise": 1.0, "symbols": 3, "noise_symbols": 1}],
+    "fuzzy_recall": [{"longest_keys": True}, {"vocabulary": 3, "size": 1}, {"vocabulary": 9, "size": 2}],
+    "compression": [{"symbols": 1}, {"symbols": 127}],
+    "memorisation": [{"vocabulary": 3}, {"vocabulary": 8192, "dictionary": 1}],
 }
 
 
@@ -74,8 +102,8 @@ def test_answers_are_those_of_a_slow_solver(name, options):
             answers = batch.targets[batch.mask]
             assert answers.size
             assert 0 <= answers.min() <= answers.max() < problem.vocab_size
-            for inputs, targets in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
-                assert SOLVERS[name](inputs, problem) == targets
+            for inputs, targets, scored in zip(*(part.tolist() for part in (*batch, batch.mask)), strict=True):
+                assert SOLVERS[name](inputs, problem, scored) == targets
 
 
 def test_every_sequence_has_an_answer(problem):
