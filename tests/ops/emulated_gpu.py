@@ -5,8 +5,8 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from m2rnn.ops.backends.cuda.compiler import source_of
+from m2rnn.ops.backends.cuda.gpu import Gpu, Launch, Limits, gpus
 from m2rnn.ops.scan.cuda import launch
 from m2rnn.ops.scan.problem import Problem
 
@@ -31,63 +32,62 @@ def why_not() -> str | None:
     return None if int(version.partition(".")[0]) >= OLDEST else f"g++ {OLDEST} or newer, not {version.strip()}"
 
 
-H100 = launch._Gpu(multiprocessors=132, shared_total=228 << 10, shared_limit=227 << 10)
-Kernel = Callable[[int, ctypes.Structure, torch.device], None]
+H100 = Limits(multiprocessors=132, shared_total=228 << 10, shared_limit=227 << 10)
 
 LAUNCH = """
-static unsigned char arguments_[{size}];
+static unsigned char arguments_[sizeof({struct})];
 static void thread_() {{ m2rnn_{name}(*(const {struct}*)arguments_); }}
-extern "C" void run(unsigned blocks, unsigned threads, bool backwards, const void* arguments) {{
-    static_assert(sizeof({struct}) == {size}, "the launcher's arguments");
-    std::memcpy(arguments_, arguments, {size});
+extern "C" bool run(unsigned blocks, unsigned threads, bool backwards, const void* arguments, unsigned long size) {{
+    if (size != sizeof({struct})) return false;
+    std::memcpy(arguments_, arguments, size);
     for (unsigned i = 0; i < blocks; i++) emulated::run_block(i, threads, backwards, thread_);
+    return true;
 }}
 """
 
 
-class EmulatedGpu:
-    """Compiles kernels into ``folder``, each variant once, and runs them block after block."""
+class EmulatedGpu(Gpu):
+    """Compiles kernels into ``folder``, each with its macros once, and runs them block after block."""
 
-    def __init__(self, folder: Path, gpu: launch._Gpu = H100) -> None:
-        self.folder, self.gpu, self.backwards = folder, gpu, False
-        self.kernels: dict[tuple[str, launch._Variant], Kernel] = {}
+    def __init__(self, folder: Path, limits: Limits = H100) -> None:
+        self.folder, self.limits, self.backwards = folder, limits, False
+        self.kernels: dict[tuple[str, tuple[tuple[str, int], ...]], ctypes.CDLL] = {}
         self.launched: list[tuple[str, int]] = []  # kernels, and how many blocks of them
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """``launch.forward`` and ``launch.backward`` take tensors on the CPU."""
-        with (
-            patch.object(launch, "_kernel", lambda name, variant, *_: self.kernel(name, variant)),
-            patch.object(launch, "_gpu", lambda device: self.gpu),
-            patch.object(torch.cuda, "device", nullcontext),
-        ):
+        with patch.dict(gpus, {torch.device("cpu"): self}):
             yield
 
-    def kernel(self, name: str, variant: launch._Variant) -> Kernel:
-        key = name, variant
-        if key not in self.kernels:
-            self.kernels[key] = self._compile(name, variant)
-        return self.kernels[key]
+    def kernel(self, source: str, macros: tuple[tuple[str, int], ...], threads: int, shared_bytes: int) -> Launch:
+        if (source, macros) not in self.kernels:
+            self.kernels[source, macros] = self._compile(source, macros)
+        library = self.kernels[source, macros]
 
-    def _compile(self, name: str, variant: launch._Variant) -> Kernel:
-        struct = {"forward": launch._Forward, "backward": launch._Backward}[name]
-        macros = "".join(f"#define {macro} {value}\n" for macro, value in variant.macros(name))
+        def launch_kernel(blocks: int, arguments: ctypes.Structure, device: torch.device) -> None:
+            self.launched.append((source, blocks))
+            size = ctypes.c_ulong(ctypes.sizeof(arguments))
+            ran = library.run(blocks, threads, self.backwards, ctypes.byref(arguments), size)
+            assert ran, f"the launcher's arguments are not those of {source}.cu"
+
+        return launch_kernel
+
+    def current(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def _compile(self, name: str, macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+        defined = "".join(f"#define {macro} {value}\n" for macro, value in macros)
         header = (Path(__file__).parent / "emulated_gpu.hpp").read_text()
-        size = ctypes.sizeof(struct)
-        footer = LAUNCH.format(name=name, struct=name.capitalize(), size=size)
+        footer = LAUNCH.format(name=name, struct=name.capitalize())
         source = self.folder / f"{name}-{len(self.kernels)}.cpp"
-        source.write_text(header + macros + as_cpp(source_of(f"{name}.cu")) + footer)
+        source.write_text(header + defined + as_cpp(source_of(f"{name}.cu")) + footer)
         library = source.with_suffix(".so")
         options = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off"]
         subprocess.run([COMPILER, *options, "-o", library, source], check=True)
-        run = ctypes.CDLL(str(library)).run
-
-        def launch_kernel(blocks: int, arguments: ctypes.Structure, device: torch.device) -> None:
-            assert ctypes.sizeof(arguments) == size
-            self.launched.append((name, blocks))
-            run(blocks, variant.threads, self.backwards, ctypes.byref(arguments))
-
-        return launch_kernel
+        loaded = ctypes.CDLL(str(library))
+        loaded.run.restype = ctypes.c_bool
+        return loaded
 
 
 def as_cpp(source: str) -> str:

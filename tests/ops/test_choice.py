@@ -4,13 +4,14 @@ import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from m2rnn.ops.backends import choice
+from m2rnn.ops.backends.cuda.gpu import gpus
 from m2rnn.ops.scan import triton
-from m2rnn.ops.scan.cuda import launch
 from m2rnn.ops.scan.problem import BACKENDS, Problem
 from m2rnn.ops.vector_scan import problem as vector
 from m2rnn.ops.vector_scan import triton as vector_triton
@@ -27,10 +28,11 @@ GPU = SimpleNamespace(
 
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
-    caches = (choice.why_unavailable, choice._warn_fallback, triton._limit, launch._gpu)
+    caches = (choice.why_unavailable, choice._warn_fallback, triton._limit)
     for cached in caches:
         cached.cache_clear()
-    yield
+    with patch.dict(gpus, clear=True):
+        yield
     for cached in caches:
         cached.cache_clear()
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from m2rnn.ops.backends.cuda import compiler
+from m2rnn.ops.backends.cuda.gpu import Limits
 from m2rnn.ops.scan.cuda import launch
 
 pytest.importorskip("cuda.core", reason="cuda-core is not installed")
@@ -111,12 +112,12 @@ def test_windows_fit_and_are_even(steps: int, step_bytes: int, slice_length: int
     ],
 )
 def test_plan(units: int, shared_heads: int, slots: int, together: int, ahead: bool) -> None:
-    plan = launch._plan(units, shared_heads, replace(BFLOAT16, slots=1), launch._Gpu(132, 228 << 10, 227 << 10))
+    plan = launch._plan(units, shared_heads, replace(BFLOAT16, slots=1), Limits(132, 228 << 10, 227 << 10))
     assert (plan.slots, plan.together, plan.ahead) == (slots, together, ahead)
 
 
 def test_plan_of_a_small_gpu_fits() -> None:
     for warps, dtype, parts in ((4, torch.bfloat16, 1), (2, torch.float16, 2), (1, torch.float32, 3)):
         single = launch._Variant(16, warps, 1, dtype, parts)
-        plan = launch._plan(1000, 8, single, launch._Gpu(20, 100 << 10, 99 << 10))
+        plan = launch._plan(1000, 8, single, Limits(20, 100 << 10, 99 << 10))
         assert plan.together * (plan.shared_bytes("backward") + 1024) <= 100 << 10

@@ -7,15 +7,13 @@ import ctypes
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from m2rnn.ops.backends.choice import why_not_on_device
-from m2rnn.ops.backends.cuda.compiler import cubin
-from m2rnn.ops.backends.cuda.driver import Kernel
+from m2rnn.ops.backends.cuda.gpu import Gpu, Launch, Limits, gpu_of
 from m2rnn.ops.scan.problem import Gradients, Problem, states_between_chunks
 
 CHUNK = 32  #: steps between saved states
@@ -129,10 +127,10 @@ def _multiple(size: int, of: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def _kernel(name: str, variant: _Variant, device: int, shared_bytes: int = 0) -> Kernel:
+def _kernel(gpu: Gpu, name: str, variant: _Variant, shared_bytes: int = 0) -> Launch:
     """With at least that much shared memory, which limits how many blocks a multiprocessor runs at a time."""
-    code = cubin(name, variant.macros(name), torch.cuda.get_device_capability(device))
-    return Kernel(code, f"m2rnn_{name}", variant.threads, max(shared_bytes, variant.shared_bytes(name)), device)
+    shared_bytes = max(shared_bytes, variant.shared_bytes(name))
+    return gpu.kernel(name, variant.macros(name), variant.threads, shared_bytes)
 
 
 def why_not(problem: Problem) -> str | None:
@@ -148,7 +146,7 @@ def why_not(problem: Problem) -> str | None:
     if value_dim > 64:
         return f"V is {value_dim}, and the CUDA kernels take up to 64"
     least = _Variant(_width(value_dim), 1, 1, dtype, _MOST_PARTS[dtype])  # for sequences of any length
-    if least.shared_bytes("backward") > _gpu(problem.device).shared_limit:
+    if least.shared_bytes("backward") > gpu_of(problem.device).limits.shared_limit:
         gpu = torch.cuda.get_device_name(problem.device)
         return f"V is {value_dim} in {str(dtype)[6:]}, for which {gpu} has too little shared memory"
     return None
@@ -202,21 +200,8 @@ def _dense(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype).contiguous()
 
 
-class _Gpu(NamedTuple):
-    multiprocessors: int
-    shared_total: int  # bytes of shared memory of a multiprocessor
-    shared_limit: int  # bytes of it that a block can have
-
-
-@lru_cache
-def _gpu(device: torch.device) -> _Gpu:
-    properties = torch.cuda.get_device_properties(device)
-    limit = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
-    return _Gpu(properties.multi_processor_count, properties.shared_memory_per_multiprocessor, limit)
-
-
 @lru_cache(maxsize=256)
-def _plan(units: int, shared_heads: int, single: _Variant, gpu: _Gpu) -> _Variant:
+def _plan(units: int, shared_heads: int, single: _Variant, limits: Limits) -> _Variant:
     """The quickest variant of the backward pass, by estimate.
 
     The heads of a block share q, k and sums of dq and dk. Several small blocks on a multiprocessor are at different
@@ -229,20 +214,20 @@ def _plan(units: int, shared_heads: int, single: _Variant, gpu: _Gpu) -> _Varian
             variant = replace(single, slots=slots, together=together)
             warps = slots * single.warps * together
             ahead = replace(variant, ahead=True)
-            if 2 * warps <= 16 and _fits(ahead, gpu):
+            if 2 * warps <= 16 and _fits(ahead, limits):
                 variant = ahead
-            elif not _fits(variant, gpu) and (slots > 1 or together > 1):
+            elif not _fits(variant, limits) and (slots > 1 or together > 1):
                 continue
-            rounds = max(units / slots / together / gpu.multiprocessors, 1)
+            rounds = max(units / slots / together / limits.multiprocessors, 1)
             time = rounds * STEP_NS[min(-(-warps // 4), 4) - 1] + PARTIAL_NS * units / slots
             if time < quickest:
                 quickest, best = time, variant
     return best
 
 
-def _fits(variant: _Variant, gpu: _Gpu) -> bool:
+def _fits(variant: _Variant, limits: Limits) -> bool:
     size, reserved = variant.shared_bytes("backward"), 1 << 10  # bytes that CUDA takes of each block's
-    return size <= gpu.shared_limit and variant.together * (size + reserved) <= gpu.shared_total
+    return size <= limits.shared_limit and variant.together * (size + reserved) <= limits.shared_total
 
 
 def _slices(units: int, together: int, steps: int, sequence_steps: int, shortest: int, multiprocessors: int) -> int:
@@ -276,8 +261,9 @@ def forward(problem: Problem, save: bool) -> tuple[Tensor, Tensor, Tensor | None
     if missing:
         y, final, saved = forward(_padded(problem, missing), save)
         return y[..., :value_dim].contiguous(), final[..., :value_dim].contiguous(), saved
-    gpu, variant = _gpu(problem.device), replace(_variant(problem), clip=False)
-    groups = _row_groups(variant, problem.key_dim, gpu.shared_limit)
+    gpu, variant = gpu_of(problem.device), replace(_variant(problem), clip=False)
+    limits = gpu.limits
+    groups = _row_groups(variant, problem.key_dim, limits.shared_limit)
     if len(groups) > 1:
         parts = [forward(_of_rows(problem, rows), save) for rows in groups]
         ys, finals, saves = (list(x) for x in zip(*parts, strict=True))
@@ -292,17 +278,17 @@ def forward(problem: Problem, save: bool) -> tuple[Tensor, Tensor, Tensor | None
     f, weight = f.float(), weight.float().contiguous()
     initial, offsets = _dense(initial_state, torch.float32), _dense(cu_seqlens, torch.int64)
 
-    with torch.cuda.device(q.device):
+    with gpu.current():
         units = sequences * heads
         # As many blocks as a multiprocessor gets, for which the compiler may take registers. Its own guess is the best
         # at V = 16, but leaves registers to blocks that do not come: where heads are few or shared memory is short.
         together = 0
-        if variant.warps <= 4 and units <= 2 * gpu.multiprocessors:
+        if variant.warps <= 4 and units <= 2 * limits.multiprocessors:
             together = 1
         elif variant.warps <= 4 and variant.parts == 1 and value_dim == 32:
             together = 3
         variant = replace(variant, together=together)
-        length = _slices(units, 2, steps, steps * batch // max(sequences, 1), FORWARD_SLICE, gpu.multiprocessors)
+        length = _slices(units, 2, steps, steps * batch // max(sequences, 1), FORWARD_SLICE, limits.multiprocessors)
         slices = max(-(-steps // length), 1)  # without steps too, the final state is the initial one
         finished = torch.zeros(units, dtype=torch.int32, device=q.device) if slices > 1 else None
         arguments = _Forward(
@@ -310,7 +296,7 @@ def forward(problem: Problem, save: bool) -> tuple[Tensor, Tensor, Tensor | None
             *(_pointer(x) for x in (weight, initial, final, saved, y, offsets, finished)),
             steps, length, heads, key_dim, heads // weight.shape[0], sequences,
         )  # fmt: skip
-        _kernel("forward", variant, q.device.index)(slices * units, arguments, q.device)
+        _kernel(gpu, "forward", variant)(slices * units, arguments, q.device)
     return y, final, saved
 
 
@@ -322,8 +308,9 @@ def backward(problem: Problem, saved: Tensor, dy: Tensor, d_final: Tensor | None
         )
         dv, dweight = dv[..., :value_dim].contiguous(), dweight[:, :value_dim, :value_dim].contiguous()
         return dq, dk, dv, df, dweight, None if d_initial is None else d_initial[..., :value_dim].contiguous()
-    gpu, single = _gpu(problem.device), _variant(problem)
-    row_groups = _row_groups(single, problem.key_dim, gpu.shared_limit)
+    gpu, single = gpu_of(problem.device), _variant(problem)
+    limits = gpu.limits
+    row_groups = _row_groups(single, problem.key_dim, limits.shared_limit)
     if len(row_groups) > 1:
         parts = [backward(_of_rows(problem, rows), saved[:, :, rows], dy, _rows(d_final, rows)) for rows in row_groups]
         dq, dk = (torch.cat(x, 3) for x in ([part[0] for part in parts], [part[1] for part in parts]))
@@ -352,9 +339,9 @@ def backward(problem: Problem, saved: Tensor, dy: Tensor, d_final: Tensor | None
     key_stride = -(-key_dim // 8) * 8
     outs = [q.new_empty(batch, steps, x.shape[2], key_stride) for x in (q, k)]
 
-    with torch.cuda.device(q.device):
+    with gpu.current():
         repeats = [heads // x.shape[2] for x in (q, k)]
-        variant = _plan(lanes * heads, math.gcd(*repeats), single, gpu)
+        variant = _plan(lanes * heads, math.gcd(*repeats), single, limits)
         units = lanes * heads // variant.slots
 
         # Several blocks share a head of q or k: their partial sums are kept for two windows of time
@@ -363,14 +350,14 @@ def backward(problem: Problem, saved: Tensor, dy: Tensor, d_final: Tensor | None
         parts_dtype = q.dtype if variant.parts == 1 else torch.float32
         step_bytes = sum(parts_dtype.itemsize * batch * g * row for g, row in zip(groups, rows, strict=True) if g > 1)
         sequence_steps = steps * batch // max(sequences, 1)
-        length = _slices(units, variant.together, steps, sequence_steps, BACKWARD_SLICE, gpu.multiprocessors)
+        length = _slices(units, variant.together, steps, sequence_steps, BACKWARD_SLICE, limits.multiprocessors)
         window, length = _window(steps, step_bytes, length, PARTIAL_BYTES if offsets is None else PACKED_PARTIAL_BYTES)
         windows, slices = -(-steps // window), -(-window // length)
         sums = [
             q.new_empty(min(windows, 2) * g * batch * window * row, dtype=parts_dtype) if g > 1 else None
             for g, row in zip(groups, rows, strict=True)
         ]
-        sum_blocks = gpu.multiprocessors if step_bytes else 0
+        sum_blocks = limits.multiprocessors if step_bytes else 0
         counters = None
         if windows * slices > 1 or sum_blocks:
             counters = torch.zeros(units + 2 * windows, dtype=torch.int32, device=q.device)
@@ -382,9 +369,9 @@ def backward(problem: Problem, saved: Tensor, dy: Tensor, d_final: Tensor | None
             windows, sum_blocks, dv.dtype == torch.float32, math.inf if state_clip is None else state_clip,
         )  # fmt: skip
         # Bytes that keep more blocks away
-        crowded = min(gpu.shared_total // (variant.together + 1), gpu.shared_limit)
+        crowded = min(limits.shared_total // (variant.together + 1), limits.shared_limit)
         blocks = windows * (units * slices + sum_blocks) + sum_blocks
-        _kernel("backward", variant, q.device.index, crowded)(blocks, arguments, q.device)
+        _kernel(gpu, "backward", variant, crowded)(blocks, arguments, q.device)
     dq, dk = (out[..., :key_dim].to(x.dtype).contiguous() for out, x in zip(outs, inputs, strict=False))
     return (
         dq, dk, _sum_heads(dv, 2, inputs[2]), _sum_heads(df, 2, inputs[3]), _sum_heads(dweight.sum(0), 0, inputs[4]),
