@@ -8,6 +8,8 @@ from functools import partial
 
 from m2rnn.tasks.problems.arithmetic import ModularArithmetic, ModularArithmeticBrackets
 from m2rnn.tasks.problems.automata import CycleNavigation, EvenPairs, Parity
+from m2rnn.tasks.problems.board import Board
+from m2rnn.tasks.problems.boxes import Boxes
 from m2rnn.tasks.problems.bucket_sort import BucketSort
 from m2rnn.tasks.problems.compression import Compression
 from m2rnn.tasks.problems.contract import IGNORED, SPLITS, Batch, Problem, Score, Split, check_problem, load_problem
@@ -25,6 +27,7 @@ from m2rnn.tasks.problems.palindromes import Palindromes
 from m2rnn.tasks.problems.phonebook import Phonebook
 from m2rnn.tasks.problems.selective_copying import SelectiveCopying
 from m2rnn.tasks.problems.stack_manipulation import StackManipulation
+from m2rnn.tasks.problems.traces import Traces
 from m2rnn.tasks.problems.word_problem import Group, WordProblem
 
 __all__ = [
@@ -58,6 +61,11 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
     "fuzzy_recall": FuzzyRecall,
     "compression": Compression,
     "memorisation": Memorisation,
+    # Programs and entities: what changes, statement by statement, and is shown now and then.
+    "traces": Traces,
+    "traces_hidden": partial(Traces, hidden=0.2),
+    "boxes": Boxes,
+    "board": Board,
 }
 
 

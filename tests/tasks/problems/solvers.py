@@ -283,6 +283,117 @@ def memorisation(tokens, problem, scored):
     return [dictionary[tokens[t - 1]] if t % 2 else _ for t in range(len(tokens))]
 
 
+def statements(tokens: list[int], words: int = 3) -> list[list[int]]:
+    return [tokens[t : t + words] for t in range(0, len(tokens), words)]
+
+
+OPERATIONS = ["set", "copy", "swap", "add", "sub", "mul", "if", "print", "maybe_swap", "maybe_add"]
+
+
+def traces(tokens, problem, scored):
+    """Runs every program on all states that are still possible."""
+    m, k = problem.modulus, problem.variables
+    targets, worlds = [], [[0] * k]
+    for statement in statements(tokens):
+        operation = OPERATIONS[statement[0] - m - k]
+        answer = _
+        if len(statement) > 1:
+            a = statement[1] - m
+            assert 0 <= a < k
+        if operation == "print" and len(statement) > 1:
+            values = {world[a] for world in worlds}
+            if len(statement) == 3:
+                assert statement[2] in values
+                worlds = [world for world in worlds if world[a] == statement[2]]
+            if len(values) == 1:
+                (answer,) = values
+        elif len(statement) == 3:
+            worlds = [after for world in worlds for after in outcomes(operation, a, statement[2], world, m)]
+            worlds = [list(world) for world in sorted({tuple(world) for world in worlds})]
+            assert len(worlds) == 1 or problem.hidden
+        targets += [_, answer, _][: len(statement)]
+    return targets
+
+
+def outcomes(operation: str, a: int, word: int, world: list[int], m: int) -> list[list[int]]:
+    after, b = list(world), word - m
+    assert (0 <= word < m) == (operation in ("set", "maybe_add"))
+    assert a != b
+    if operation == "set":
+        after[a] = word
+    elif operation == "copy":
+        after[a] = world[b]
+    elif operation in ("swap", "maybe_swap"):
+        after[a], after[b] = world[b], world[a]
+    elif operation == "add":
+        after[a] = (world[a] + world[b]) % m
+    elif operation == "sub":
+        after[a] = (world[a] - world[b]) % m
+    elif operation == "mul":
+        after[a] = (world[a] * world[b]) % m
+    elif operation == "if":
+        after[b] = (world[b] + 1) % m if world[a] else world[b]
+    else:
+        assert operation == "maybe_add"
+        after[a] = (world[a] + word) % m
+    return [world, after] if operation.startswith("maybe") else [after]
+
+
+def boxes(tokens, problem, scored):
+    contents = [{o for o in range(problem.objects) if o % problem.boxes == box} for box in range(problem.boxes)]
+    targets = []
+    for statement in statements(tokens):
+        operation, answer = statement[0] - problem.boxes - problem.objects, _
+        if operation == 3 and len(statement) > 1:
+            (answer,) = (box for box, things in enumerate(contents) if statement[1] - problem.boxes in things)
+            assert statement[2:] in ([answer], [])
+        elif len(statement) == 3:
+            _code, first, box = statement
+            if operation == 0:
+                for things in contents:
+                    things.discard(first - problem.boxes)
+                contents[box].add(first - problem.boxes)
+            elif operation == 1:
+                assert first != box
+                contents[box] |= contents[first]
+                contents[first] = set()
+            else:
+                assert operation == 2
+                assert first != box
+                contents[first], contents[box] = contents[box], contents[first]
+        targets += [_, answer, _][: len(statement)]
+    return targets
+
+
+def board(tokens, problem, scored):
+    grid = [[None] * problem.width for _row in range(problem.height)]
+    for piece in range(problem.pieces):
+        grid[piece // problem.width][piece % problem.width] = piece
+    squares = problem.height * problem.width
+    targets = []
+    for statement in statements(tokens):
+        operation, answer = statement[0] - squares - problem.pieces - 4, _
+        if len(statement) > 1:
+            piece = statement[1] - squares
+            ((row, column),) = [
+                (i, j) for i in range(problem.height) for j in range(problem.width) if grid[i][j] == piece
+            ]
+        if operation == 2 and len(statement) > 1:
+            answer = row * problem.width + column
+            assert statement[2:] in ([answer], [])
+        elif len(statement) == 3:
+            if operation == 0:
+                direction = statement[2] - squares - problem.pieces
+                to = (row + (-1, 1, 0, 0)[direction], column + (0, 0, -1, 1)[direction])
+            else:
+                assert operation == 1
+                to = (statement[2] // problem.width, statement[2] % problem.width)
+            if 0 <= to[0] < problem.height and 0 <= to[1] < problem.width and grid[to[0]][to[1]] is None:
+                grid[row][column], grid[to[0]][to[1]] = None, piece
+        targets += [_, answer, _][: len(statement)]
+    return targets
+
+
 SOLVERS: dict[str, Solver] = {
     "parity": parity,
     "even_pairs": even_pairs,
@@ -307,4 +418,8 @@ SOLVERS: dict[str, Solver] = {
     "fuzzy_recall": fuzzy_recall,
     "compression": compression,
     "memorisation": memorisation,
+    "traces": traces,
+    "traces_hidden": traces,
+    "boxes": boxes,
+    "board": board,
 }

@@ -125,6 +125,42 @@ def test_fuzzy_keys_have_all_sizes_or_the_largest():
     assert sizes(longest_keys=True).tolist() == [0, 0, 1]
 
 
+def test_programs_reveal_as_often_as_they_say_and_use_every_statement():
+    for name in ("traces", "traces_hidden", "boxes", "board"):
+        problem = make_problem(name)
+        inputs = problem.batch("train", 0, 400, 192).inputs
+        operations = np.bincount(inputs[:, :-3:3].ravel(), minlength=problem.vocab_size) / inputs[:, :-3:3].size
+        asks = problem.tables.tokens[-1, 0]
+        assert abs(operations[asks] - 0.25) < 0.01
+        assert set(np.flatnonzero(operations)) == set(problem.tables.tokens[:, 0])
+        assert set(np.unique(inputs)) == set(np.unique(np.arange(problem.vocab_size))) - unused(problem)
+
+
+def unused(problem) -> set[int]:
+    """The operations that happen or not are tokens of every trace, used or not."""
+    return {problem.vocab_size - 2, problem.vocab_size - 1} if problem.name == "traces" else set()
+
+
+def test_what_is_hidden_leaves_many_answers_certain_but_not_all():
+    problem = make_problem("traces_hidden")
+    inputs, targets = problem.batch("train", 0, 400, 192)
+    asked = inputs[:, 0::3] == problem.tables.tokens[-1, 0]
+    certain = (targets[:, 1::3] >= 0)[asked].mean()
+    assert 0.6 < certain < 0.9
+    more = make_problem("traces_hidden", hidden=0.6).batch("train", 0, 400, 192)
+    assert (more.targets >= 0).mean() < (targets >= 0).mean()
+
+
+def test_every_machine_reaches_all_of_its_states():
+    for name in ("traces", "boxes", "board"):
+        tables = make_problem(name).tables
+        reached, frontier = {tables.start}, {tables.start}
+        while frontier:
+            frontier = set(np.unique(tables.outcomes[0][:, sorted(frontier)]).tolist()) - reached
+            reached |= frontier
+        assert len(reached) == tables.outcomes.shape[2]
+
+
 BAD_OPTIONS = [
     ("parity", {"answers": "first"}, "answers 'first'"),
     ("cycle_navigation", {"places": 1}, "places 1"),
@@ -141,6 +177,13 @@ BAD_OPTIONS = [
     ("noisy_recall", {"noise": -0.1}, "noise -0.1"),
     ("fuzzy_recall", {"vocabulary": 6}, "vocabulary 6: expected a whole number of at least 7"),
     ("memorisation", {"vocabulary": 2}, "vocabulary 2"),
+    ("traces", {"variables": 9}, "variables 9, modulus 5: 1953125 states"),
+    ("traces", {"reveals": 2}, "reveals 2"),
+    ("traces", {"hidden": -1}, "hidden -1"),
+    ("boxes", {"objects": 0}, "objects 0"),
+    ("boxes", {"objects": 9, "boxes": 9}, "objects 9, boxes 9: 387420489 states"),
+    ("board", {"pieces": 10}, "pieces 10: expected at most one for each of the 9 squares"),
+    ("board", {"pieces": 6, "height": 5, "width": 5}, "states"),
 ]
 
 

@@ -38,6 +38,10 @@ DIGESTS: dict[str, str] = {
     "fuzzy_recall": "30fbd495f508bf50",
     "compression": "cc861e8fb9f8de8d",
     "memorisation": "a23bfebaf41346be",
+    "traces": "eee4e7609596232f",
+    "traces_hidden": "3d240bd5e7aacd34",
+    "boxes": "31ddd9379626884a",
+    "board": "7798b4e88785dbba",
 }
 
 # Other options, each at its edges: the smallest vocabularies, and whatever else a branch depends on.
@@ -65,7 +69,18 @@ OPTIONS: dict[str, list[dict]] = {
     "fuzzy_recall": [{"longest_keys": True}, {"vocabulary": 3, "size": 1}, {"vocabulary": 9, "size": 2}],
     "compression": [{"symbols": 1}, {"symbols": 127}],
     "memorisation": [{"vocabulary": 3}, {"vocabulary": 8192, "dictionary": 1}],
+    "traces": [{"variables": 1, "modulus": 2}, {"variables": 4, "modulus": 3}, {"reveals": 0}, {"reveals": 1}],
+    "traces_hidden": [{"variables": 1, "modulus": 2}, {"variables": 4, "modulus": 3, "hidden": 0.6}, {"hidden": 1.0}],
+    "boxes": [{"objects": 1, "boxes": 1}, {"objects": 6, "boxes": 2}, {"objects": 2, "boxes": 7}],
+    "board": [
+        {"pieces": 1, "height": 1, "width": 1},
+        {"pieces": 4, "height": 2, "width": 2},
+        {"pieces": 2, "width": 5},
+    ],
 }
+
+# Where the state is hidden in part, there are sequences none of whose questions has a certain answer.
+WITHOUT_CERTAIN_ANSWERS = {"traces_hidden"}
 
 
 @pytest.fixture(params=PROBLEMS)
@@ -75,6 +90,11 @@ def problem(request: pytest.FixtureRequest) -> Problem:
 
 def test_every_problem_is_tested():
     assert set(SOLVERS) == set(OPTIONS) == set(DIGESTS) == set(PROBLEMS)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_names_are_those_of_the_table(name):
+    assert make_problem(name).name == name
 
 
 def test_it_keeps_the_contract(problem):
@@ -108,7 +128,8 @@ def test_answers_are_those_of_a_slow_solver(name, options):
 
 def test_every_sequence_has_an_answer(problem):
     for length in (problem.min_length, problem.min_length + 1, problem.train_lengths[1]):
-        assert problem.batch("train", 0, 64, length).mask.any(axis=1).all()
+        answered = problem.batch("train", 0, 64, length).mask.any(axis=1)
+        assert answered.mean() > 0.5 if problem.name in WITHOUT_CERTAIN_ANSWERS else answered.all()
 
 
 def digest(problem: Problem) -> str:
