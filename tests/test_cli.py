@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+import m2rnn
 from m2rnn import cli
 from m2rnn.tasks.settings import TrackSettings
 from m2rnn.training.train_settings import TrainSettings
@@ -265,7 +266,10 @@ def test_the_old_spelling_of_eval_works_and_says_so_once(tmp_path, arguments, me
     note, *rest = old.stderr.splitlines()
     assert note == f"m2rnn: 'm2rnn eval MODEL' has become two commands; this one is now 'm2rnn eval {meant}'"
     assert rest == new.stderr.splitlines()
-    assert rest in (["m2rnn: batch 0: expected at least 1"], ["m2rnn: tasks need lm-eval: pip install 'm2rnn[eval]'"])
+    assert rest == [
+        f"m2rnn: {tmp_path} has no config.json: expected a folder with a Hugging Face model "
+        "(config.json and safetensors)"
+    ]
     assert (old.exit_code, old.stdout) == (new.exit_code, new.stdout) == (2, "")
 
 
@@ -285,6 +289,72 @@ def test_an_old_eval_without_one_of_text_and_tasks_names_both_commands(arguments
     done = CliRunner().invoke(cli.app, ["eval", *arguments])
     assert done.exit_code == 2
     assert done.stderr == "m2rnn: expected m2rnn eval text MODEL --data …, or m2rnn eval tasks MODEL --tasks …\n"
+
+
+TORCHLESS = """if True:
+    import sys
+    from m2rnn import cli
+    try:
+        cli.app(sys.argv[1:])
+    finally:
+        print("torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("--version", ""),
+        ("track --group S9 --out {tmp}/run", "group 'S9': unknown group"),
+        ("track --train-length 0 --out {tmp}/run", "train_length 0"),
+        ("track --test-lengths 8,x --out {tmp}/run", "test_lengths '8,x'"),
+        ("train --preset tiny-m2rnn --data {tmp}/none --out {tmp}/run", "none holds no finished token files"),
+        ("train --preset tiny-m2rnn --data {tmp} --out {tmp}/run stepz=1", "did you mean 'steps'?"),
+        ("train --preset tiny-m2rnn --data {tmp} --out {tmp}/run --steps 10", "without dashes: steps=10"),
+        ("train --data {tmp} --warmup-steps=7", "without dashes: warmup_steps=7"),
+        ("train --data {tmp}", "no preset: give it with --preset"),
+        ("prepare {tmp}/none.txt --out {tmp}/tokens", "none.txt: no such file or folder"),
+        ("eval text {tmp}/none --data {tmp}", "none is no folder"),
+        ("eval text {tmp}/run --data {tmp}/text.txt", "did you mean {tmp}/run/model?"),
+        ("eval text {tmp}/run/model --data {tmp}/text.txt", "text.txt: no such file or folder"),
+        ("eval tasks {tmp}/none --tasks a", "none is no folder"),
+        ("generate {tmp}/none", "none is no folder"),
+        ("generate {tmp}/run", "did you mean {tmp}/run/model?"),
+        ("convert {tmp}/none {tmp}/new", "none cannot be read: expected a folder"),
+    ],
+)
+def test_a_mistake_that_needs_no_imports_is_named_before_them(tmp_path, command, message):
+    (tmp_path / "run/model").mkdir(parents=True)
+    (tmp_path / "run/model/config.json").write_text("{}")
+    arguments = [part.format(tmp=tmp_path) for part in command.split()]
+    done = subprocess.run([sys.executable, "-c", TORCHLESS, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    if message:
+        assert message.format(tmp=tmp_path) in done.stderr
+        assert done.stderr.startswith("m2rnn: ")
+        assert done.returncode == 2
+    else:
+        assert done.stdout.splitlines()[0] == f"m2rnn {m2rnn.__version__}"
+
+
+@pytest.mark.parametrize("command", [[], ["eval"], ["bench"]])
+def test_no_line_of_the_list_of_commands_is_cut(command):
+    shown = CliRunner().invoke(cli.app, [*command, "--help"]).stdout
+    assert "Commands:" in shown
+    assert "..." not in shown.partition("Commands:")[2]
+
+
+def test_generate_says_what_a_model_of_group_elements_is(tmp_path):
+    assert run("--out", tmp_path, *QUICK).exit_code == 0
+    done = CliRunner().invoke(cli.app, ["generate", str(tmp_path / "model"), "text"])
+    assert done.exit_code == 2
+    assert "has no tokenizer: m2rnn track trained it on elements of the group S3" in done.stderr
+
+
+def test_settings_of_another_run_name_overwrite(tmp_path):
+    assert run("--out", tmp_path, *QUICK).exit_code == 0
+    refused = run("--out", tmp_path, *QUICK, "--seed", 1)
+    assert "choose another folder, or start anew with --overwrite" in refused.stderr
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "m2rnn/cli").glob("*.py")), ids=lambda path: path.stem)

@@ -27,11 +27,12 @@ def op(
     sweep: Annotated[bool, typer.Option(help="Also time against length and batch, and plot it.")] = True,
     device: Device = None,
 ) -> None:
-    """Time and memory of the recurrence: forward, forward and backward, one decode step.
+    """Time and memory of the recurrence.
 
-    Each backend beside PyTorch's causal attention and fla's Gated DeltaNet, with the least time that the device's
-    peak rates allow. Without a GPU the shapes are small ones. Writes op.csv, op.json and op-time.png into the
-    folder. Interrupted, the same command goes on; results of other hardware or versions are measured anew.
+    Forward, forward and backward, one decode step. Each backend beside PyTorch's causal attention and fla's Gated
+    DeltaNet, with the least time that the device's peak rates allow. Without a GPU the shapes are small ones. Writes
+    op.csv, op.json and op-time.png into the folder. Interrupted, the same command goes on; results of other hardware or
+    versions are measured anew.
 
     Example: m2rnn bench op --out runs/bench-op
     """

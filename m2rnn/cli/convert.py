@@ -39,16 +39,18 @@ def convert(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, without progress.")] = False,
 ) -> None:
-    """Convert a checkpoint of lm-engine (model_type gpt_base) to this library's format, or back.
+    """Convert a checkpoint of lm-engine to this library's, or back.
 
-    M2RNN and attention layers, with gated MLPs or mixtures of experts. Exact: numbers keep their bits and dtypes, only
-    names and the order of rows change, and converting back restores tensors and config.json. Tokenizer files are
-    copied. A tensor or a setting that is unknown, missing or of another shape is an error that names it, and nothing is
-    written.
+    Of model_type gpt_base, with M2RNN and attention layers, with gated MLPs or mixtures of experts. Exact: numbers keep
+    their bits and dtypes, only names and the order of rows change, and converting back restores tensors and
+    config.json. Tokenizer files are copied. A tensor or a setting that is unknown, missing or of another shape is an
+    error that names it, and nothing is written.
 
     Examples: m2rnn convert hybrid-m2rnn-410m converted, then M2RNNForCausalLM.from_pretrained("converted");
     m2rnn convert converted bounded --state-weight-bound 0.9
     """
+    if not source.is_dir():
+        fail(f"{source} cannot be read: expected a folder with config.json and safetensors", exit_code=2)
     from m2rnn.convert import ConversionError, cut_state_weights
     from m2rnn.convert import convert as convert_checkpoint
     from m2rnn.runs.display import Display

@@ -12,6 +12,8 @@ from typer.core import TyperGroup
 
 from m2rnn.cli.errors import fail, out_of_memory, user_errors
 from m2rnn.cli.options import Device, Dtype, Field, Glob, Separator, line_ends, numbers, same_command
+from m2rnn.data.sources import Reading, find_source
+from m2rnn.runs.models import check_model_folders
 
 Models = Annotated[list[Path], typer.Argument(help="Folders of Hugging Face causal language models.")]
 Results = Annotated[Path, typer.Option(help="Folder of the results; the same command resumes.")]
@@ -120,12 +122,12 @@ def text(
     as_json: AsJson = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure how well models predict text: loss, perplexity, bits per byte.
+    """Measure how well models predict text.
 
-    Every token but the first of a document is scored once, at each context length; no document sees another. Bits per
-    byte compares models of different tokenizers. With --train-length, also the loss by position beyond it, and the
-    size of recurrent states. With --recall, how well a model recalls what it has read. Writes results.json, plots and
-    every token's loss into the folder. Interrupted, the same command goes on.
+    Loss, perplexity, bits per byte. Every token but the first of a document is scored once, at each context length; no
+    document sees another. Bits per byte compares models of different tokenizers. With --train-length, also the loss by
+    position beyond it, and the size of recurrent states. With --recall, how well a model recalls what it has read.
+    Writes results.json, plots and every token's loss into the folder. Interrupted, the same command goes on.
 
     Examples:
 
@@ -148,6 +150,9 @@ def text(
     with _ends_in_one_line(out, overwrite, "a smaller --batch or --segment"):
         if ngram and not recall:
             raise ValueError(f"recall_ngram {recall_ngram}: expected with --recall")
+        check_model_folders(models)
+        if not Path(data).is_dir():
+            find_source(data, Reading(glob=glob))  # or says that there is nothing
         choices |= {"contexts": parse_contexts(context), "windows": windows, **ngram}
         _evaluate_text(models, data, out, choices, reading, device, as_json, overwrite)
 
@@ -176,6 +181,7 @@ def tasks(
     Example: m2rnn eval tasks runs/a/model --tasks lambada_openai,hellaswag --batch 16
     """
     with _ends_in_one_line(out, overwrite, "a smaller --batch"):
+        check_model_folders(models)
         choices: dict[str, Any] = {
             "tasks": tuple(tasks.split(",")),
             "include_path": None if include_path is None else str(include_path),
@@ -199,7 +205,6 @@ def _evaluate_text(
     as_json: bool,
     overwrite: bool,
 ) -> None:
-    from m2rnn.data.sources import Reading
     from m2rnn.evaluation.perplexity import PerplexitySettings, evaluate_perplexity
     from m2rnn.evaluation.perplexity_report import PLOTS, table
     from m2rnn.runs.display import Display

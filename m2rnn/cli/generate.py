@@ -8,6 +8,8 @@ import typer
 
 from m2rnn.cli.errors import out_of_memory, user_errors
 from m2rnn.cli.options import Device, Dtype
+from m2rnn.runs.folder import SETTINGS, read_json
+from m2rnn.runs.models import check_model_folders
 
 Model = Annotated[Path, typer.Argument(help="Folder of a Hugging Face causal language model and its tokenizer.")]
 Prompt = Annotated[str | None, typer.Argument(help="Text to continue; without it, --file or standard input.")]
@@ -75,6 +77,7 @@ def generate(
             "ignore_eos": ignore_eos,
             "static": static,
         }
+        check_model_folders([model])
         many = None if prompts is None or out is None else (prompts, out, batch)
         _generate(model, prompt, file, many, choices, device, dtype)
 
@@ -99,7 +102,7 @@ def _generate(
     loaded = load_model(folder, device or default_device(), dtype)
     tokenizer = load_model_tokenizer(folder)
     if tokenizer is None:
-        raise ValueError(f"{folder} has no tokenizer: save it there (save_pretrained)")
+        raise ValueError(f"{folder} has no tokenizer: {_without_tokenizer(folder)}")
     if many is None or texts is None:
         if prompt is None:
             prompt = generation.read_text(file)
@@ -112,6 +115,18 @@ def _generate(
         with Display(sys.stderr) as display:
             tokens, speed = generation.complete_all(loaded, tokenizer, texts, settings, batch, out, display.update)
     typer.echo(f"{speed.line()}\n{generation.memory_line(loaded, tokens)}", err=True)
+
+
+def _without_tokenizer(folder: Path) -> str:
+    """What to do with a model that has none, such as one of ``m2rnn track``."""
+    settings = folder.resolve().parent / SETTINGS
+    group = read_json(settings).get("group") if settings.is_file() else None
+    if group is None:
+        return "save it there (save_pretrained)"
+    return (
+        f"m2rnn track trained it on elements of the group {group}, which are numbers, not text. It reads them and says "
+        "their products: M2RNNForCausalLM.from_pretrained(…)(numbers).logits.argmax(-1)"
+    )
 
 
 def _write(text: str) -> None:

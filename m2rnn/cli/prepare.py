@@ -1,5 +1,6 @@
 """``m2rnn prepare``: text to token files."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -92,3 +93,5 @@ def _prepare(choices: dict[str, Any], reading: dict[str, Any], out: Path, option
             manifest = prepare_text(settings, out, say=display.say, update=display.update, **options)
     typer.echo(table(manifest))
     typer.echo(f"\ntoken files, tokenizer and manifest: {out}")
+    run = Path("runs", out.resolve().name)
+    typer.echo(f"next: m2rnn train laptop --data {shlex.quote(str(out))} --out {shlex.quote(str(run))}")

@@ -13,11 +13,11 @@ def presets(
     context: Annotated[int, typer.Option(help="Tokens of a training sequence, for the work of attention.")] = 4096,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the whole configuration of NAME.")] = False,
 ) -> None:
-    """List the models by name: parameters, state, cache and work of training.
+    """List the models by name, with their sizes.
 
-    Active parameters are those that a token uses: without the experts that it does not take. Recurrent state and
-    KV cache count numbers, not bytes. Work is floating-point operations per token of a forward and a backward pass;
-    docs/models.md has the formula.
+    Parameters, state, cache and work of training. Active parameters are those that a token uses: without the experts
+    that it does not take. Recurrent state and KV cache count numbers, not bytes. Work is floating-point operations per
+    token of a forward and a backward pass; docs/models.md has the formula.
 
     Example: m2rnn presets --filter hybrid-gdn
     """

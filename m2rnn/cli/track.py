@@ -87,7 +87,7 @@ def track(
     checkpoint_every: CheckpointEvery = 100,
     overwrite: OverwriteRun = False,
 ) -> None:
-    """Train on a word problem over a group and measure accuracy by length.
+    """Train on a word problem over a group; accuracy by length.
 
     The model reads x1 … xT and says after each token what x1 · … · xt is. Writes results.json, the model
     (for from_pretrained), log.jsonl and accuracy-by-length.png into the folder. Interrupted by Ctrl-C or

@@ -6,13 +6,17 @@ import textwrap
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 from m2rnn.cli.errors import fail, interrupted_run, memory_that_lacked
 from m2rnn.cli.options import OverwriteRun, same_command
+from m2rnn.data.sources import DataError
+from m2rnn.data.token_files import read_manifest
 from m2rnn.runs.errors import SettingsError
 from m2rnn.runs.folder import RunFolderError
 from m2rnn.training.train_settings import TrainSettings, described, load_settings
@@ -24,6 +28,20 @@ def settings_help() -> str:
     for settings, text in described():
         lines += [f"  {settings}", *textwrap.wrap(text, 78, initial_indent=" " * 6, subsequent_indent=" " * 6)]
     return "\n".join(lines)
+
+
+class SettingsAreNoOptions(TyperCommand):
+    """``--steps 10`` is answered with ``steps=10``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        options = {option for parameter in self.params for option in parameter.opts}
+        settings = {f"--{each.name}".replace("_", "-"): each.name for each in fields(TrainSettings)}
+        for place, argument in enumerate(args):
+            option, equals, value = argument.replace("_", "-").partition("=")
+            if option in settings and option not in options:
+                value = argument.partition("=")[2] if equals else "".join(args[place + 1 : place + 2]) or "…"
+                _end(f"{argument}: settings are typed without dashes: {settings[option]}={value}", exit_code=2)
+        return super().parse_args(ctx, args)
 
 
 Recipe = Annotated[
@@ -49,12 +67,12 @@ def train(
     dry_run: DryRun = False,
     overwrite: OverwriteRun = False,
 ) -> None:
-    """Train a language model on token files: on a CPU, on a GPU, or on many under torchrun.
+    """Train a language model on token files.
 
-    Writes log.jsonl, TensorBoard files and, at the end, results.json, loss.png and model/ for from_pretrained.
-    Interrupted by Ctrl-C, killed, or out of disk, the same command goes on from the last checkpoint, also on another
-    number of processes. The settings are listed below; a dot reaches into the model, as in
-    model.mixer_options.m2rnn.num_heads=8.
+    On a CPU, on a GPU, or on many under torchrun. Writes log.jsonl, TensorBoard files and, at the end, results.json,
+    loss.png and model/ for from_pretrained. Interrupted by Ctrl-C, killed, or out of disk, the same command goes on
+    from the last checkpoint, also on another number of processes. The settings are listed below; a dot reaches into the
+    model, as in model.mixer_options.m2rnn.num_heads=8.
 
     Examples:
 
@@ -68,7 +86,8 @@ def train(
         settings = _settings(list(recipe or []), preset, data)
         if out is None and not dry_run:
             raise SettingsError("no --out: give the folder of the run")
-    except SettingsError as error:
+        read_manifest(settings.data)  # before torch is imported, which takes seconds
+    except (SettingsError, DataError) as error:
         _end(str(error), exit_code=2)
     try:
         from m2rnn.training import train as training
@@ -97,7 +116,6 @@ def _settings(arguments: list[str], preset: str | None, data: str | None) -> Tra
 @contextmanager
 def _ends_in_one_line(settings: TrainSettings, out: Path | None, again: str, minutes: float | None) -> Iterator[None]:
     """End all processes with one line where all know what is wrong, and this one alone where the others may not."""
-    from m2rnn.data.sources import DataError
     from m2rnn.training import train as training
     from m2rnn.training.checkpoint import CheckpointError
     from m2rnn.training.monitor import NonFiniteError

@@ -328,10 +328,15 @@ def _percent(done: float | None) -> str:
 
 
 def _check_not_empty(progress: Progress) -> None:
+    lost = ""
+    if progress.rejected:
+        first = "".join(f"\n  {reason}" for reason in progress.first_rejected[:SHOWN])
+        lost = f"\n{progress.rejected:,} that cannot be read were left out, first:{first}"
     for split, written in progress.splits.items():
         if not written.documents:
             raise DataError(
-                f"no document for {split}: give it more text, or a larger fraction (--valid-fraction), and --overwrite"
+                f"no document for {split}: give it more text, or a larger fraction (--valid-fraction), "
+                f"and --overwrite{lost}"
             )
 
 

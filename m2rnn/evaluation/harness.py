@@ -20,15 +20,14 @@ from urllib.parse import quote
 from m2rnn.data.tokenizers import vocab_size_of
 from m2rnn.evaluation.language_model import (
     LanguageModel,
-    check_model_folders,
     fingerprint,
     load_model,
     load_model_tokenizer,
-    short_names,
 )
 from m2rnn.runs.display import Display
 from m2rnn.runs.folder import RESULTS, run_folder, to_json, write_whole_file
 from m2rnn.runs.machine import check_device, hardware, versions
+from m2rnn.runs.models import check_model_folders, results_file, short_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -142,7 +141,7 @@ def _evaluate_model(name: str, folder: Path, settings: TaskSettings, out: Path, 
     found: Results = {}
     out.mkdir(exist_ok=True)
     for number, (task, content) in enumerate(loaded.items()):
-        path = out / f"{quote(name, safe='')}.{quote(task, safe='')}.json"
+        path = results_file(out, name, f".{quote(task, safe='')}.json")
         if not path.exists():
             display.say(f"{name}: {task}, {number + 1} of {len(loaded)}")
             scores, samples = _run(adapted, manager, content, settings)

@@ -15,6 +15,7 @@ from m2rnn.models.cache import CACHE_NAME
 from m2rnn.models.loss import IGNORED, chunked_token_losses
 from m2rnn.runs.display import no_progress_bars
 from m2rnn.runs.machine import check_device
+from m2rnn.runs.models import check_model_folders
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,16 +103,6 @@ def in_memory(model: PreTrainedModel, folder: Path = Path()) -> LanguageModel:
     """A model that is loaded already, which this puts into evaluation mode; messages name it by ``folder``."""
     model.eval()
     return LanguageModel(folder, model, _plain_head(model))
-
-
-def check_model_folders(folders: Sequence[Path]) -> None:
-    """Raise ``ValueError`` for the first that holds no model, before hours go into the others."""
-    for folder in folders:
-        if not (folder / "config.json").is_file():
-            what = "has no config.json" if folder.is_dir() else "is no folder"
-            raise ValueError(
-                f"{folder} {what}: expected a folder with a Hugging Face model (config.json and safetensors)"
-            )
 
 
 def load_model_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
@@ -219,13 +210,3 @@ def check_segments(model: LanguageModel) -> None:
             f"{model.folder}: {type(model.model).__name__} does not go on from its state with several tokens: use "
             "segment 0, whole windows"
         )
-
-
-def short_names(folders: Sequence[Path]) -> list[str]:
-    """For each folder the end of its path that tells it from the others."""
-    whole = [folder.resolve().parts for folder in folders]
-    for parts in range(1, max(map(len, whole)) + 1):
-        names = ["/".join(path[-parts:]) for path in whole]
-        if len(set(names)) == len(names):
-            return names
-    raise ValueError(f"the same model twice: {', '.join(map(str, folders))}")

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
-from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +22,10 @@ from m2rnn.evaluation import text as texts
 from m2rnn.evaluation import windows as layout
 from m2rnn.evaluation.language_model import (
     LanguageModel,
-    check_model_folders,
     check_segments,
     fingerprint,
     load_model,
     load_model_tokenizer,
-    short_names,
 )
 from m2rnn.evaluation.losses import PENDING, fill_in, losses_by_window
 from m2rnn.evaluation.perplexity_report import PLOTS, write_plots
@@ -39,6 +36,7 @@ from m2rnn.evaluation.windows import Windows
 from m2rnn.runs.display import Display
 from m2rnn.runs.folder import RESULTS, run_folder, to_json, write_whole_file
 from m2rnn.runs.machine import check_device, hardware, versions
+from m2rnn.runs.models import check_model_folders, results_file, short_names
 
 LOSSES, STATES = "losses", "states"
 POSITION_BUCKETS = 8  # of one training length
@@ -259,7 +257,7 @@ def _evaluate_model(
     def measure(
         each: Measurement, suffix: str = "", states: Kept | None = None, positions: Sequence[int] = ()
     ) -> tuple[NDArray[np.float32], float, int]:
-        path = out / LOSSES / f"{quote(name, safe='')}.{each.name}{suffix}.f32"
+        path = results_file(out / LOSSES, name, f".{each.name}{suffix}.f32")
         title = f"{name}, {each.name}{suffix}"
         return score(model, text, each.windows, path, settings, title, display, states, positions)
 
@@ -270,7 +268,7 @@ def _evaluate_model(
             states = None
             if layers:
                 shape = len(each.windows), len(multiples), len(layers)
-                states = _kept(out / STATES / f"{quote(name, safe='')}.{each.name}.f32", shape)
+                states = _kept(results_file(out / STATES, name, f".{each.name}.f32"), shape)
             losses, _, _ = measure(each, "", states, multiples if layers else ())
             found["positions"] = by_position(losses, each.windows, settings)
             found["spectra"] = spectra(model.model)

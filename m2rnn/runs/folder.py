@@ -77,7 +77,7 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
         if there != here:
             raise RunFolderError(
                 f"{path} holds a run with {name} = {there}, not {here}: "
-                "choose another folder, or overwrite it to start anew"
+                "choose another folder, or start anew with --overwrite"
             )
 
 
@@ -91,7 +91,7 @@ def _clear(path: Path, files: Iterable[str]) -> None:
                 file.unlink(missing_ok=True)
 
 
-def read_json(path: Path, mend: str = "bring it back, or overwrite the folder to start anew") -> dict[str, Any]:
+def read_json(path: Path, mend: str = "bring it back, or start anew with --overwrite") -> dict[str, Any]:
     """What ``to_json`` made of the file; `RunFolderError`, which ends with ``mend``, if it is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

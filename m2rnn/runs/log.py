@@ -14,7 +14,7 @@ class Log(AbstractContextManager["Log"]):
 
     def __init__(self, path: Path, keep_bytes: int) -> None:
         if keep_bytes and (not path.exists() or path.stat().st_size < keep_bytes):
-            raise RunFolderError(f"{path} is shorter than at the checkpoint: overwrite the run to start anew")
+            raise RunFolderError(f"{path} is shorter than at the checkpoint: start anew with --overwrite")
         self._file = path.open("ab")
         self._file.truncate(keep_bytes)
 

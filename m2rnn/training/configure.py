@@ -7,7 +7,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from m2rnn.models import M2RNNConfig, M2RNNForCausalLM
-from m2rnn.runs.errors import SettingsError
+from m2rnn.runs.errors import SettingsError, did_you_mean
 
 
 def configure(
@@ -35,7 +35,8 @@ def configure(
 def _typed(name: str, value: Any) -> Any:
     annotation = M2RNNConfig.__annotations__.get(name)
     if annotation is None:  # a Hugging Face config would take and ignore it
-        raise SettingsError(f"model.{name}: expected a field of M2RNNConfig, such as hidden_size")
+        near = did_you_mean(name, M2RNNConfig.__annotations__)
+        raise SettingsError(f"model.{name}: expected a field of M2RNNConfig, such as hidden_size{near}")
     if name.endswith("_options") and not (
         isinstance(value, Mapping) and all(isinstance(each, Mapping) for each in value.values())
     ):

@@ -172,6 +172,10 @@ def _build(run: _Run, minutes: float | None, stack: ExitStack) -> _Parts:
     """The model, its data and what watches them; ``stack`` closes the log and gives Ctrl-C back."""
     settings, folder, args = run.settings, run.folder, run.args
     first, found = run.is_first, run.checkpoint
+    if settings.warmup != settings.warmup_steps:
+        run.display.note(
+            f"warmup_steps {settings.warmup_steps:,}: shortened to {settings.warmup:,} of {settings.steps:,}"
+        )
     run.display.say(f"building {settings.preset}" + (f", to go on from {found.name}" if found else ""))
     # With a configuration of its own: Trainer sets its use_cache to False, which is not to be saved.
     model = build_model(settings, copy.deepcopy(run.config), empty=bool(args.fsdp) and not first)
@@ -363,7 +367,7 @@ def training_arguments(settings: TrainSettings, folder: Path) -> TrainingArgumen
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": settings.min_learning_rate},
-        warmup_steps=settings.warmup_steps,
+        warmup_steps=settings.warmup,
         optim="adamw_torch_fused" if on_gpu else "adamw_torch",
         adam_beta1=settings.beta1,
         adam_beta2=settings.beta2,

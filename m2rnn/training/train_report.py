@@ -38,7 +38,7 @@ def plan(settings: TrainSettings, config: M2RNNConfig, data: TokenDataset, proce
         ("steps", f"{settings.steps:,}: {tokens:,} tokens, {tokens / data.num_tokens:.2f} epochs"),
         (
             "learning rate",
-            f"0 to {settings.learning_rate:g} in {settings.warmup_steps:,} steps, then a cosine to {peak_end:g}",
+            f"0 to {settings.learning_rate:g} in {settings.warmup:,} steps, then a cosine to {peak_end:g}",
         ),
         ("AdamW", f"betas {settings.beta1}, {settings.beta2}, epsilon {settings.epsilon:g}"),
         ("", f"weight decay {settings.weight_decay:g}, gradient norm at most {settings.max_gradient_norm:g}"),

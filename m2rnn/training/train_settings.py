@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from m2rnn.data.streams import why_not_utf8
-from m2rnn.runs.errors import SettingsError
+from m2rnn.runs.errors import SettingsError, did_you_mean
 from m2rnn.runs.yaml_values import read_yaml
 
 __all__ = ["FREE", "SettingsError", "TrainSettings", "described", "load_settings"]
@@ -50,7 +50,8 @@ class TrainSettings:
         context: tokens of a sequence.
         batch_size: sequences of a step, of all processes together.
         micro_batch_size: sequences that a process takes at once; gradients are accumulated over the rest.
-        steps, warmup_steps: the learning rate rises linearly over ``warmup_steps``, then falls on a cosine to the end.
+        steps, warmup_steps: the learning rate rises linearly over ``warmup_steps``, then falls on a cosine to the end;
+            in a run that is no longer than ``warmup_steps`` it rises over a tenth of the steps.
         learning_rate: AdamW's peak.
         min_learning_rate: at the end, as a share of the peak.
         beta1, beta2, epsilon, weight_decay: of AdamW.
@@ -123,9 +124,7 @@ class TrainSettings:
         for name in positive:
             self._check(name, getattr(self, name) >= 1, "a whole number of at least 1")
         self._check("keep_checkpoints", self.keep_checkpoints >= 2, "at least 2, in case one is damaged")
-        self._check(
-            "warmup_steps", 0 <= self.warmup_steps < self.steps, f"at least 0 and less than steps ({self.steps})"
-        )
+        self._check("warmup_steps", self.warmup_steps >= 0, "a whole number of at least 0")
         self._check("seed", 0 <= self.seed < 2**32, "a whole number of at least 0 and less than 2**32")
         self._check("valid_sequences", self.valid_sequences >= 0, "a whole number of at least 0")
         for name in ("learning_rate", "epsilon", "max_gradient_norm"):
@@ -142,6 +141,11 @@ class TrainSettings:
     def _check(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise SettingsError(f"{name} {getattr(self, name)!r}: expected {expected}")
+
+    @property
+    def warmup(self) -> int:
+        """``warmup_steps``, or a tenth of a run that is no longer than that."""
+        return self.warmup_steps if self.warmup_steps < self.steps else self.steps // 10
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -207,7 +211,7 @@ def load_settings(
         except yaml.YAMLError:
             equals = ""
         if not equals or not key:
-            raise SettingsError(f"{override!r}: expected KEY=VALUE, such as steps=100, or the name of a recipe file")
+            raise SettingsError(f"{override!r}: expected KEY=VALUE, such as steps=10, or the name of a recipe file")
         _set(values, key, value)
     return _checked(values)
 
@@ -216,7 +220,8 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     try:
         content = read_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise SettingsError(f"recipe {path}: {error.strerror}") from None
+        typed = f"{path}=…, such as steps=10" if str(path).isidentifier() else "KEY=VALUE, such as steps=10"
+        raise SettingsError(f"recipe {path}: {error.strerror}. A setting is typed as {typed}") from None
     except UnicodeDecodeError as error:
         raise SettingsError(f"recipe {path}: {why_not_utf8(error)}") from None
     except yaml.YAMLError as error:
@@ -241,7 +246,7 @@ def _checked(values: Mapping[str, Any]) -> TrainSettings:
     known = {field.name: field for field in fields(TrainSettings)}
     for name in values:
         if name not in known:
-            raise SettingsError(f"unknown key {name!r}; known: {', '.join(known)}")
+            raise SettingsError(f"unknown key {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
     for name, described in known.items():
         if name not in values and described.default is MISSING and described.default_factory is MISSING:
             raise SettingsError(f"no {name}: give it with --{name} or in the recipe")

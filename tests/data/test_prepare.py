@@ -265,7 +265,20 @@ def test_of_a_cut_archive_whole_documents_are_kept_and_the_damage_counts_once(tm
     assert result.exit_code == 0, result.output
     assert texts_of(TokenDataset(tmp_path / "tokens")) == many(1000)
     assert "1 that cannot be read left out:" in result.stdout
+    assert f"next: m2rnn train laptop --data {tmp_path / 'tokens'} --out runs/tokens" in result.stdout
     assert TokenDataset(tmp_path / "tokens").manifest["rejected"] == 1
+
+
+def test_where_all_is_rejected_the_first_reasons_are_said(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": 1}\n' * 12)
+    result = run(path, "--processes=1", "--out", tmp_path / "tokens", "--on-error=skip")
+    assert result.exit_code == 2
+    first, lost, *reasons = result.stderr.splitlines()
+    assert first.startswith("m2rnn: no document for train")
+    assert lost == "12 that cannot be read were left out, first:"
+    assert len(reasons) == 10
+    assert reasons[0].startswith(f"  {path}, line 1: ")
 
 
 @pytest.mark.parametrize("compression", [".gz", ".xz", ".bz2", ".zst"])

@@ -26,7 +26,7 @@ from m2rnn.data.sources import DataError, Reading
 from m2rnn.data.token_files import FORMAT, TokenDataset
 from m2rnn.evaluation import losses as scoring
 from m2rnn.evaluation import perplexity, perplexity_report
-from m2rnn.evaluation.language_model import load_model, short_names, token_losses
+from m2rnn.evaluation.language_model import load_model, token_losses
 from m2rnn.evaluation.perplexity import PerplexitySettings, evaluate_perplexity
 from m2rnn.evaluation.perplexity_report import table
 from m2rnn.evaluation.recall import copying
@@ -34,6 +34,7 @@ from m2rnn.evaluation.spectra import rms_of_states, spectra
 from m2rnn.evaluation.text import bytes_of_tokens, choose_split, from_files, from_token_folder
 from m2rnn.models.cache import CACHE_NAME
 from m2rnn.runs.folder import RunFolderError
+from m2rnn.runs.models import short_names
 from tests.data.text import prepared
 from tests.evaluation.models import TEXTS, byte_documents, naive_loss, save, tokenizer_of, write_texts
 from tests.models.small import CONFIGS, make
@@ -502,6 +503,25 @@ def test_names_of_lines_are_apart_and_in_order():
 )
 def test_a_table_of_many_multiples_has_the_first_the_last_and_powers_of_two(count, shown):
     assert perplexity_report._some(count) == shown
+
+
+def test_files_of_models_lie_in_folders_of_their_names_and_earlier_ones_are_used_on(tmp_path, data):
+    folders = [save(tmp_path / name / "model", "m2rnn") for name in ("a", "b")]
+    settings = PerplexitySettings(contexts=(8,))
+    found = evaluate_perplexity(folders, str(data), settings, tmp_path / "out")
+    losses = tmp_path / "out" / "losses"
+    assert [str(path.relative_to(losses)) for path in sorted(losses.rglob("*.f32"))] == [
+        "a/model.sliding-8-4.f32",
+        "b/model.sliding-8-4.f32",
+    ]
+    for name in ("a", "b"):  # as an earlier version left them when it was interrupted
+        (losses / name / "model.sliding-8-4.f32").rename(losses / f"{name}%2Fmodel.sliding-8-4.f32")
+    (tmp_path / "out" / "results.json").unlink()
+    again = evaluate_perplexity(folders, str(data), settings, tmp_path / "out")
+    assert [model["contexts"][0]["loss"] for model in again["models"].values()] == [
+        model["contexts"][0]["loss"] for model in found["models"].values()
+    ]
+    assert [model["contexts"][0]["tokens_per_second"] for model in again["models"].values()] == [None, None]
 
 
 def test_a_name_is_the_end_of_the_path_that_tells_models_apart(tmp_path):

@@ -186,9 +186,7 @@ def test_sharded_processes_share_a_tied_weight(tmp_path, data):
     assert_same_loss(tmp_path / "two", tmp_path / "one")
 
 
-def test_tensorboard_has_each_step_once_after_a_kill_and_entries_as_often_as_wanted(
-    tmp_path, data, monkeypatch
-):
+def test_tensorboard_has_each_step_once_after_a_kill_and_entries_as_often_as_wanted(tmp_path, data, monkeypatch):
     end = Monitor.on_step_end
 
     def killed_in_step_5(self, args, state, control, **kwargs):

@@ -9,7 +9,7 @@ from m2rnn.data.token_files import TokenDataset
 from m2rnn.models import M2RNNForCausalLM
 from m2rnn.runs.errors import SettingsError
 from m2rnn.training.throughput import Throughput, peak_of
-from m2rnn.training.train import build_config, dry_run, train
+from m2rnn.training.train import build_config, dry_run, train, training_arguments
 from m2rnn.training.train_report import memory_per_process
 from m2rnn.training.train_settings import load_settings
 from tests.training.train_runs import settings_of
@@ -20,18 +20,21 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stepz=3", r"unknown key 'stepz'; known: preset, data, .*steps"),
+        ("stepz=3", r"unknown key 'stepz'; did you mean 'steps'\?; known: preset, data, .*steps"),
         ("steps=many", r"steps 'many': expected a whole number"),
         ("steps=2.5", r"steps 2.5: expected a whole number"),
         ("learning_rate=[1]", r"learning_rate \[1\]: expected a number"),
         ("compile=1", r"compile 1: expected true or false"),
         ("learning_rate=-1", r"learning_rate -1.0: expected a number above 0"),
-        ("warmup_steps=6", r"warmup_steps 6: expected at least 0 and less than steps"),
+        ("warmup_steps=-1", r"warmup_steps -1: expected a whole number of at least 0"),
         ("precision=float16", r"precision 'float16': expected one of"),
         ("nonsense", r"'nonsense': expected KEY=VALUE"),
         ("steps.x=1", r"key 'steps.x': only model has parts"),
         ("preset=none", r"unknown preset 'none'"),
-        ("model.hidden_sizes=3", r"model.hidden_sizes: expected a field of M2RNNConfig"),
+        (
+            "model.hidden_sizes=3",
+            r"model.hidden_sizes: expected a field of M2RNNConfig.*; did you mean 'hidden_size'\?",
+        ),
         ("model.vocab_size=8", r"model.vocab_size 8: expected at least 256, the token ids"),
         ("model.hidden_size=wide", r"hidden_size.* expected int, got str .*'wide'"),
         ("model.hidden_size=15", r"must divide hidden_size \(15\)"),
@@ -54,6 +57,22 @@ def test_settings_that_cannot_work_are_named(tmp_path, data, override, message):
     with pytest.raises(SettingsError, match=message):
         train(settings_of(data, *override.split()), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "expected"), [(1000, 100, 100), (101, 100, 100), (100, 100, 10), (10, 100, 1), (5, 100, 0)]
+)
+def test_a_warm_up_that_is_as_long_as_the_run_is_shortened_to_a_tenth(data, steps, warmup, expected):
+    settings = settings_of(data, f"steps={steps}", f"warmup_steps={warmup}")
+    assert settings.warmup == expected
+    assert settings.deciding()["warmup_steps"] == warmup
+    assert training_arguments(settings, Path()).warmup_steps == expected
+    assert f"in {expected:,} steps" in dry_run(settings)
+
+
+def test_a_missing_recipe_says_how_settings_are_typed(data):
+    with pytest.raises(SettingsError, match=r"recipe steps: No such .*typed as steps=…, such as steps=10"):
+        load_settings(Path("steps"), [], {"data": data})
 
 
 def test_numbers_are_numbers_with_and_without_a_dot(data):
