@@ -47,7 +47,7 @@ print(json.dumps([torch_seconds, library_seconds, time.perf_counter() - start]))
 def start_up(backend: str, threads: int, repeats: int) -> dict[str, float]:
     """Seconds to import torch, to import m2rnn after it, and of the first call and gradient."""
     with tempfile.TemporaryDirectory() as cache:
-        caches = dict.fromkeys(("XDG_CACHE_HOME", "NUMBA_CACHE_DIR", "TRITON_CACHE_DIR"), cache)
+        caches = dict.fromkeys(("M2RNN_CACHE_DIR", "TRITON_CACHE_DIR"), cache)
         environment = {**os.environ, "PYTHONPATH": PROJECT, **caches}
         command = [sys.executable, "-c", RUN, backend, str(threads)]
         runs = []
