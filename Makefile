@@ -15,10 +15,11 @@ TEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DEMO_INSTALLED := $(VENV)/.demo-installed
 
 .PHONY: demo test lint typecheck clean
 
-demo: $(INSTALLED)
+demo: $(DEMO_INSTALLED)
 	$(BIN)/m2rnn track --group S3 --compare m2rnn,gru,attention --train-length 128 \
 		--test-lengths 4,16,64,128,256,512,1024,4096 --out runs/s3 $(DEMO_ARGS)
 
@@ -35,6 +36,11 @@ typecheck: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(DEMO_INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[demo]"
 	touch $@
 
 clean:

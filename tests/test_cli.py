@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 import m2rnn
 from m2rnn import cli
 from m2rnn.tasks.settings import TrackSettings
-from m2rnn.training.train_settings import TrainSettings
+from m2rnn.training.train_settings import TrainSettings, recipes
 from tests.golden.shared import DATA, commands, read_json
 
 ROOT = Path(__file__).parent.parent
@@ -39,8 +39,9 @@ def run(*arguments: object) -> Result:
             "track",
             ["--group", "--mixer", "--compare", "--seeds", "--jobs", "--train-length", "--patience"],
         ),
-        ("train", ["--preset", "--data", "--out", "--minutes", "--dry-run", "RECIPE.yaml", "KEY=VALUE"]),
+        ("train", ["--preset", "--data", "--out", "--minutes", "--dry-run", "RECIPE", "KEY=VALUE"]),
         ("train", ["steps=1000, warmup_steps=100", "compile=false", "report_to=[tensorboard]"]),
+        ("train", list(recipes())),
         ("train", [field.name for field in fields(TrainSettings)]),
         ("convert", ["source", "destination", "--to", "--mlp-layout", "--max-shard-size", "--force", "--json"]),
         ("presets", ["[name]", "--filter", "--context", "--json"]),

@@ -24,7 +24,7 @@ from m2rnn.training.train_settings import TrainSettings, described, load_setting
 
 def settings_help() -> str:
     """What `m2rnn train --help` says of the settings; ``\\b`` keeps the lines as they are."""
-    lines = ["\b", "Settings of RECIPE.yaml and KEY=VALUE, with defaults:"]
+    lines = ["\b", "Settings of a recipe and KEY=VALUE, with defaults:"]
     for settings, text in described():
         lines += [f"  {settings}", *textwrap.wrap(text, 78, initial_indent=" " * 6, subsequent_indent=" " * 6)]
     return "\n".join(lines)
@@ -47,8 +47,8 @@ class SettingsAreNoOptions(TyperCommand):
 Recipe = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[RECIPE.yaml] [KEY=VALUE]...",
-        help="A file of settings, such as recipes/laptop.yaml, and settings that differ from it.",
+        metavar="[RECIPE] [KEY=VALUE]...",
+        help="A recipe (laptop, bytes-8min-gpu, 410m, 7b, or a file like theirs), and settings that differ from it.",
     ),
 ]
 Preset = Annotated[str | None, typer.Option(help="A model of `m2rnn presets`; or in the recipe.")]
@@ -76,11 +76,11 @@ def train(
 
     Examples:
 
-    m2rnn train recipes/laptop.yaml --data data/notes --out runs/notes
+    m2rnn train laptop --data data/notes --out runs/notes
 
     m2rnn train --preset hybrid-m2rnn-410m --data data/corpus --dry-run steps=5000 batch_size=256
 
-    torchrun --nproc-per-node 8 -m m2rnn train recipes/7b.yaml --data data/corpus --out runs/7b
+    torchrun --nproc-per-node 8 -m m2rnn train 7b --data data/corpus --out runs/7b
     """
     try:
         settings = _settings(list(recipe or []), preset, data)

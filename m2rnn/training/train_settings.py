@@ -16,6 +16,7 @@ from m2rnn.runs.yaml_values import read_yaml
 
 __all__ = ["FREE", "SettingsError", "TrainSettings", "described", "load_settings"]
 
+RECIPES = "recipes"
 PRECISIONS = ("auto", "bfloat16", "float32")
 # What a run may change when it goes on: these settings decide how the steps are computed, not which they are.
 FREE = (
@@ -192,16 +193,26 @@ def described() -> list[tuple[str, str]]:
     return [(", ".join(map(shown, names.split(", "))), text) for names, text in pairs]
 
 
+def recipes() -> dict[str, Path]:
+    """The recipes that come with the library, by name."""
+    packaged = Path(__file__).parents[1] / RECIPES  # of a wheel; a clone has them beside the package
+    folder = packaged if packaged.is_dir() else Path(__file__).parents[2] / RECIPES
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
 def load_settings(
     recipe: Path | None = None, overrides: Iterable[str] = (), given: Mapping[str, Any] | None = None
 ) -> TrainSettings:
     """The recipe's settings, with ``given`` and then with ``overrides`` such as ``"steps=100"`` in their place.
 
-    A dot reaches into ``model``: ``model.mixer_options.m2rnn.num_heads=8``. Values are YAML.
+    ``recipe`` is a file, or the name of one of `recipes`. A dot reaches into ``model``:
+    ``model.mixer_options.m2rnn.num_heads=8``. Values are YAML.
 
     Raises:
         SettingsError: for a recipe that cannot be read, an unknown key or a value of the wrong type.
     """
+    if recipe is not None and not recipe.exists():
+        recipe = recipes().get(str(recipe), recipe)
     values: dict[str, Any] = {} if recipe is None else _read_recipe(recipe)
     values |= given or {}
     for override in overrides:
@@ -221,7 +232,11 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         content = read_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         typed = f"{path}=…, such as steps=10" if str(path).isidentifier() else "KEY=VALUE, such as steps=10"
-        raise SettingsError(f"recipe {path}: {error.strerror}. A setting is typed as {typed}") from None
+        known = recipes()
+        raise SettingsError(
+            f"recipe {path}: {error.strerror}{did_you_mean(path.stem, known)}; by name there are "
+            f"{', '.join(known)}. A setting is typed as {typed}"
+        ) from None
     except UnicodeDecodeError as error:
         raise SettingsError(f"recipe {path}: {why_not_utf8(error)}") from None
     except yaml.YAMLError as error:

@@ -1,5 +1,6 @@
 """Settings that cannot work are named before anything is trained; plans and recipes say what will be."""
 
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ from m2rnn.runs.errors import SettingsError
 from m2rnn.training.throughput import Throughput, peak_of
 from m2rnn.training.train import build_config, dry_run, train, training_arguments
 from m2rnn.training.train_report import memory_per_process
-from m2rnn.training.train_settings import load_settings
+from m2rnn.training.train_settings import load_settings, recipes
 from tests.training.train_runs import settings_of
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -71,8 +73,29 @@ def test_a_warm_up_that_is_as_long_as_the_run_is_shortened_to_a_tenth(data, step
 
 
 def test_a_missing_recipe_says_how_settings_are_typed(data):
-    with pytest.raises(SettingsError, match=r"recipe steps: No such .*typed as steps=…, such as steps=10"):
+    with pytest.raises(
+        SettingsError,
+        match=r"recipe steps: No such .*by name there are 410m, .*laptop.*typed as steps=…, such as steps=10",
+    ):
         load_settings(Path("steps"), [], {"data": data})
+
+
+def test_a_recipe_is_found_by_its_name_and_a_file_of_that_name_is_preferred(tmp_path, data, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert list(recipes()) == [path.stem for path in RECIPES]
+    assert load_settings(Path("laptop"), [], {"data": data}) == load_settings(RECIPES[-1], [], {"data": data})
+    with pytest.raises(SettingsError, match=r"recipe laptob: No such .*; did you mean 'laptop'\?"):
+        load_settings(Path("laptob"), [], {"data": data})
+    Path("laptop").write_text("preset: tiny-gru")
+    assert load_settings(Path("laptop"), [], {"data": data}).preset == "tiny-gru"
+
+
+def test_the_wheel_has_the_recipes_and_the_types(tmp_path):
+    builders = pytest.importorskip("hatchling.builders.wheel", reason="hatchling makes the wheel")
+    (path,) = builders.WheelBuilder(str(ROOT)).build(directory=str(tmp_path))
+    names = zipfile.ZipFile(path).namelist()
+    for name in ("py.typed", *(f"recipes/{recipe.name}" for recipe in RECIPES)):
+        assert f"m2rnn/{name}" in names
 
 
 def test_numbers_are_numbers_with_and_without_a_dot(data):
