@@ -3,6 +3,7 @@
 # mypy: disable-error-code="no-untyped-call, untyped-decorator"
 # ruff: noqa: RUF012
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ from m2rnn.models.config import MIXERS, MLPS, M2RNNConfig
 from m2rnn.models.loss import IGNORED, LanguageModelHead, chunked_cross_entropy
 from m2rnn.models.own_cache import own_cache
 
+COMPILED_VERSIONS = 8  # of one function, dynamo's default: then it runs uncompiled
+
 
 class M2RNNBlock(GradientCheckpointingLayer):
     """``x + mixer(norm(x))``, then ``x + mlp(norm(x))``."""
@@ -57,6 +60,23 @@ class M2RNNBlock(GradientCheckpointingLayer):
             self.mlp = mlp_class(config.hidden_size, **config.mlp_options.get(mlp, {}))
         if isinstance(self.mlp, MoE):
             self.mlp.experts.config = config  # whose implementation of experts transformers changes
+        self._kinds = len(set(zip(config.mixers, config.mlps, strict=True)))
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As of any module; arguments are those of ``torch.compile``.
+
+        Dynamo counts the compiled versions of a function and gives up at the ninth. All blocks have one function, of
+        which each kind (of mixer and MLP) needs its own versions: for training and evaluation, for fixed and changing
+        lengths, for one token. So each kind may have eight.
+        """
+        import torch._dynamo.config as dynamo  # late, since it takes a second
+
+        limit = max(dynamo.recompile_limit, COMPILED_VERSIONS * self._kinds)
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:
+            kwargs.setdefault("recompile_limit", limit)
+        else:  # older versions of torch know one limit for all functions
+            dynamo.recompile_limit = limit
+        super().compile(*args, **kwargs)
 
     def forward(
         self,
