@@ -227,6 +227,21 @@ def test_returned_hidden_states_have_the_gradients_of_each_sequence_alone(name: 
         assert_close(packed[layer][0], expected, torch.float64, "gradient")
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_hidden_states_of_padded_rows_have_gradients_after_a_cache_and_from_a_loss(name: str, training: bool) -> None:
+    model, ids = make(name).train(training), torch.randint(VOCAB, (2, 5))
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
+    for arguments in ({"past_key_values": cache}, {"labels": ids}):
+        outputs = model(ids, attention_mask=mask, output_hidden_states=True, **arguments)
+        for state in outputs.hidden_states:
+            state.retain_grad()
+        (outputs.logits.square().sum() if "labels" not in arguments else outputs.loss).backward()
+        assert all(state.grad is not None and state.grad.abs().max() > 0 for state in outputs.hidden_states)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_asking_for_hidden_states_changes_no_bit(name: str) -> None:
     model, ids = make(name), torch.randint(VOCAB, (2, 6))
