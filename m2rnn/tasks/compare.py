@@ -14,11 +14,11 @@ from m2rnn.runs.folder import PLOT, RESULTS, run_folder, to_json, write_whole_fi
 from m2rnn.runs.side_by_side import Failure, side_by_side
 from m2rnn.tasks.report import by_mixer, spread, training_line, write_plot
 from m2rnn.tasks.run import Results, check_can_run, track
-from m2rnn.tasks.settings import TrackSettings
+from m2rnn.tasks.settings import RunSettings
 
 
 def compare(
-    settings: TrackSettings,
+    settings: RunSettings,
     mixers: Sequence[str],
     seeds: Sequence[int],
     folder: Path,

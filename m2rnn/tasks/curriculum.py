@@ -51,10 +51,12 @@ class Curriculum:
     inputs: tuple[int, int] = (0, 0)
     decay_steps: int = 100
     grow_below: float = 0.03  # smoothed loss, nats per token
+    min_length: int = 1  # of the problem's sequences
 
     def start(self) -> Progress:
         """The progress before the first step."""
-        length = min(START_LENGTH, self.train_length) if self.grow else self.train_length
+        shortest = max(START_LENGTH, self.min_length)
+        length = min(shortest, self.train_length) if self.grow else self.train_length
         return Progress(step=0, length=length, inputs=self.inputs[0])
 
     def after(self, progress: Progress, loss: float) -> Progress:

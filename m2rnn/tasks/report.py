@@ -1,4 +1,4 @@
-"""The results of state-tracking runs as a table and as a plot."""
+"""The results of runs as a table and as a plot."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
@@ -96,7 +96,8 @@ def write_plot(path: Path, runs: Sequence[Results]) -> None:
     draw(axes, runs, dict(zip(by_mixer(runs), cycle(STYLES), strict=False)))
     seeds = len({run["settings"]["seed"] for run in runs})
     spread_over = f", mean and range of {seeds} seeds" if seeds > 1 else ""
-    axes.set_title(f"{runs[0]['settings']['group']} word problem{spread_over}")
+    title = runs[0].get("title") or f"{runs[0]['settings']['group']} word problem"  # as runs of before have it
+    axes.set_title(f"{title}{spread_over}")
     axes.set_xlabel("sequence length (tokens)")
     axes.set_ylabel("accuracy, last quarter of positions")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))

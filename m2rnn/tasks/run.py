@@ -1,5 +1,6 @@
-"""``m2rnn track``: train on a word problem, measure accuracy by length and position, plot it."""
+"""``m2rnn track`` and ``m2rnn tasks run``: train on a problem, measure accuracy by length and position, plot it."""
 
+import math
 import time
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -7,6 +8,7 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
+import numpy as np
 import torch
 
 from m2rnn.models import M2RNNForCausalLM
@@ -23,19 +25,22 @@ from m2rnn.runs.folder import (
     write_whole_file,
 )
 from m2rnn.runs.machine import check_device, hardware, versions
-from m2rnn.tasks.problems.word_problem import Score
+from m2rnn.tasks.problems.contract import Problem, Score
+from m2rnn.tasks.problems.word_problem import WordProblem
 from m2rnn.tasks.report import write_plot
-from m2rnn.tasks.settings import TrackSettings
+from m2rnn.tasks.settings import RunSettings
 from m2rnn.tasks.training import TrainingResult, build_config, train
 
 TOKENS_PER_BATCH = 2**17
+LOGITS_PER_BATCH = 2**27
 ATTENTION_SCORES_PER_BATCH = 2**26  # per head, where the scores of a whole batch are held in memory
+CHANCE_SEQUENCES = 256
 
 Results = dict[str, Any]
 
 
 def track(
-    settings: TrackSettings,
+    settings: RunSettings,
     folder: Path,
     *,
     overwrite: bool = False,
@@ -63,7 +68,7 @@ def track(
         return results
 
 
-def check_can_run(settings: TrackSettings) -> None:
+def check_can_run(settings: RunSettings) -> None:
     """Raise `SettingsError` now for what would otherwise fail after minutes of training."""
     build_config(settings)
     check_device(settings.device)
@@ -75,20 +80,17 @@ def read_results(folder: Path) -> Results:
     return read_json(folder / RESULTS, "delete it, and the same command writes it again")
 
 
-def evaluate(trained: TrainingResult, settings: TrackSettings, display: Display) -> Results:
+def evaluate(trained: TrainingResult, settings: RunSettings, display: Display) -> Results:
     """Accuracy on the test split at every test length, with all that is needed to repeat it."""
     began = time.monotonic()
-    accuracy = {}
+    problem, accuracy = settings.problem(), {}
     for length in settings.test_lengths:
         display.say(f"testing {settings.test_sequences} sequences of {length} tokens")
-        score = score_model(trained.model, settings, length)
-        accuracy[str(length)] = {
-            "all": score.accuracy(),
-            "last_quarter": score.last_quarter(),
-            "by_position": [
-                {"start": start, "stop": stop, "accuracy": value} for start, stop, value in score.in_buckets()
-            ],
-        }
+        accuracy[str(length)] = as_json(score_model(trained.model, settings, length))
+    variants = {}
+    for name, variant in problem.variants().items():
+        display.say(f"testing {name}: {settings.test_sequences} sequences of {settings.train_length} tokens")
+        variants[name] = as_json(score_model(trained.model, settings, settings.train_length, variant))
     return {
         "settings": settings.as_json(),
         "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
@@ -98,18 +100,50 @@ def evaluate(trained: TrainingResult, settings: TrackSettings, display: Display)
             **asdict(trained.progress),
         },
         "evaluation_seconds": round(time.monotonic() - began, 1),
-        "chance": 1 / settings.problem().group.order,
+        "title": settings.title(),
+        "chance": chance(problem, settings.train_length),
         "accuracy": accuracy,
+        **({"variants": variants} if variants else {}),
         "versions": versions(("m2rnn", "torch", "transformers", "numba", "numpy")),
         "hardware": hardware(settings.device),
     }
 
 
+def as_json(score: Score) -> dict[str, Any]:
+    """A score by ranges of positions that have answers; ``last_quarter`` is of all where the last quarter has none."""
+    last_quarter = score.last_quarter()
+    return {
+        "all": score.accuracy(),
+        "last_quarter": score.accuracy() if math.isnan(last_quarter) else last_quarter,
+        "by_position": [
+            {"start": start, "stop": stop, "accuracy": value}
+            for start, stop, value in score.in_buckets()
+            if not math.isnan(value)
+        ],
+        "answers": score.answers,
+        "errors": score.errors,
+        "sequences": score.sequences,
+        "sequences_right": score.sequences_right,
+    }
+
+
+def chance(problem: Problem, length: int) -> float:
+    """The accuracy of always giving the commonest answer; of a word problem, whose answers are uniform, exactly."""
+    if isinstance(problem, WordProblem):
+        return 1 / problem.vocab_size
+    batch = problem.batch("validation", 0, CHANCE_SEQUENCES, length)
+    answers = np.bincount(batch.targets[batch.mask])
+    return float(answers.max() / answers.sum())
+
+
 @torch.inference_mode()
-def score_model(model: M2RNNForCausalLM, settings: TrackSettings, length: int) -> Score:
-    """The model's score on the test split's sequences of ``length`` tokens, in batches that fit in memory."""
-    batch = settings.problem().batch("test", 0, settings.test_sequences, length)
-    rows = TOKENS_PER_BATCH // length
+def score_model(model: M2RNNForCausalLM, settings: RunSettings, length: int, problem: Problem | None = None) -> Score:
+    """The model's score on the test split's sequences of ``length`` tokens, in batches that fit in memory.
+
+    They are of another ``problem`` than the settings' if that is given.
+    """
+    batch = (problem or settings.problem()).batch("test", 0, settings.test_sequences, length)
+    rows = min(TOKENS_PER_BATCH, LOGITS_PER_BATCH // model.config.vocab_size) // length
     if "attention" in model.config.mixers:
         rows = min(rows, ATTENTION_SCORES_PER_BATCH // length**2)
     rows = max(rows, 1)

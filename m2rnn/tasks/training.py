@@ -1,8 +1,8 @@
-"""Train a model to track the state of a word problem; a kill at any moment costs a few steps, nothing else.
+"""Train a model on a synthetic problem; a kill at any moment costs a few steps, nothing else.
 
-The logits at position t classify the product of the first t + 1 elements: targets and inputs have the same
-positions. Batches and noise are functions of (seed, step), so weights, optimizer and `Progress` are the whole state
-of a run.
+The logits at position t classify the target at t: targets and inputs have the same positions, and targets that do not
+count are left out of the loss. Batches and noise are functions of (seed, step), so weights, optimizer and `Progress`
+are the whole state of a run.
 """
 
 import time
@@ -23,9 +23,9 @@ from m2rnn.runs.display import Display
 from m2rnn.runs.folder import LOG
 from m2rnn.runs.interrupts import interrupts_noted
 from m2rnn.runs.log import Log
-from m2rnn.tasks.curriculum import Curriculum, Progress
-from m2rnn.tasks.problems.word_problem import Batch
-from m2rnn.tasks.settings import TrackSettings
+from m2rnn.tasks.curriculum import Progress
+from m2rnn.tasks.problems.contract import Batch
+from m2rnn.tasks.settings import RunSettings
 from m2rnn.training.checkpoint import load_checkpoint, save_checkpoint
 from m2rnn.training.configure import configure
 
@@ -49,13 +49,13 @@ class TrainingResult:
     seconds: float
 
 
-def build_config(settings: TrackSettings) -> M2RNNConfig:
+def build_config(settings: RunSettings) -> M2RNNConfig:
     """The state-tracking preset with the settings' overrides; `SettingsError` if there is no such model."""
     preset = partial(presets.state_tracking, settings.mixer)
-    return configure(preset, settings.model, vocab_size=settings.problem().group.order)
+    return configure(preset, settings.model, vocab_size=settings.problem().vocab_size)
 
 
-def build_model(settings: TrackSettings) -> M2RNNForCausalLM:
+def build_model(settings: RunSettings) -> M2RNNForCausalLM:
     """A new model, whose weights are determined by the seed; the caller's random state is left alone."""
     config = build_config(settings)
     with torch.random.fork_rng(devices=[]):
@@ -66,7 +66,7 @@ def build_model(settings: TrackSettings) -> M2RNNForCausalLM:
 
 
 def train(
-    settings: TrackSettings,
+    settings: RunSettings,
     folder: Path,
     *,
     checkpoint_every: int = 100,
@@ -81,17 +81,7 @@ def train(
     display = display or Display()
     model = build_model(settings).train()
     optimizer = torch.optim.AdamW(model.parameters(), betas=ADAM_BETAS, weight_decay=0.0)
-    problem = settings.problem()
-    elements = len(problem.alphabet)
-    curriculum = Curriculum(
-        settings.train_length,
-        settings.steps,
-        settings.curriculum,
-        settings.patience,
-        inputs=(len(problem.generators) if settings.grow_inputs else elements, elements),
-        decay_steps=settings.decay_steps,
-        grow_below=settings.grow_below,
-    )
+    problem, curriculum = settings.problem(), settings.plan()
     saved = load_checkpoint(folder, model, optimizer)
     progress = Progress(**saved["progress"]) if saved else curriculum.start()
     earlier_seconds: float = saved["seconds"] if saved else 0.0
@@ -107,7 +97,7 @@ def train(
     noted = interrupts_noted((SIGINT, SIGTERM), display.note)
     with noted as interrupted, Log(folder / LOG, keep_bytes=log_bytes) as log:
         while not curriculum.is_finished(progress) and (minutes is None or seconds < 60 * minutes):
-            batch = problem.batch("train", progress.step, settings.batch_size, progress.length, progress.inputs)
+            batch = settings.train_batch(problem, progress)
             rate = settings.learning_rate * curriculum.learning_rate(progress)
             noise = None
             if settings.noise:
@@ -148,7 +138,7 @@ def train(
     return TrainingResult(model.eval(), outcome, progress, seconds)
 
 
-def draw_noise(settings: TrackSettings, step: int, shape: tuple[int, ...]) -> Tensor:
+def draw_noise(settings: RunSettings, step: int, shape: tuple[int, ...]) -> Tensor:
     """Noise ``[B, T, hidden_size]`` for the embeddings of a step: the same whenever this step of this run is taken.
 
     Its standard deviation is drawn for each sequence, from 0 to ``settings.noise``: a model that has always had noise
@@ -167,7 +157,7 @@ def train_step(
     learning_rate: float,
     noise: Tensor | None = None,
 ) -> tuple[float, float]:
-    """One step on ``batch``: its loss (nats per token) and the gradient's norm before clipping.
+    """One step on ``batch``: its loss (nats per answer) and the gradient's norm before clipping.
 
     ``noise`` is added to the embeddings. It pushes the state at every token, so what is right at the end of a sequence
     is a state that is pulled back to where it belongs, and that holds far beyond the training's lengths.

@@ -3,8 +3,10 @@
 `PROBLEMS` lists them. Start with `contract` (what a problem is), then `generate` (how batches are drawn), then any one.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from m2rnn.tasks.problems.arithmetic import ModularArithmetic, ModularArithmeticBrackets
 from m2rnn.tasks.problems.automata import CycleNavigation, EvenPairs, Parity
@@ -32,7 +34,7 @@ from m2rnn.tasks.problems.word_problem import Group, WordProblem
 
 __all__ = [
     "IGNORED", "PROBLEMS", "SPLITS", "Batch", "Draws", "ExactProblem", "Group", "Problem", "Score", "Split",
-    "WordProblem", "check_problem", "load_problem", "make_problem",
+    "WordProblem", "check_problem", "describe", "load_problem", "make_problem",
 ]  # fmt: skip
 
 PROBLEMS: dict[str, Callable[..., Problem]] = {
@@ -88,3 +90,16 @@ def make_problem(name: str, **options: object) -> Problem:
         return make(**options)
     except TypeError as error:
         raise ValueError(f"task {name!r} cannot be made from {options}: {error}") from error
+
+
+def describe(name: str) -> dict[str, Any]:
+    """A problem in a few words and numbers, which are JSON."""
+    problem = make_problem(name)
+    return {
+        "name": name,
+        "summary": (inspect.getdoc(type(problem)) or "").partition("\n")[0],
+        "source": problem.source,
+        "vocab_size": problem.vocab_size,
+        "train_lengths": list(problem.train_lengths),
+        "test_lengths": list(problem.test_lengths),
+    }

@@ -24,10 +24,10 @@ CLOSE = 4
 
 @dataclass(frozen=True)
 class ModularArithmetic(ExactProblem):
-    """The value of an expression such as 1 + 2 * 3 - 4 modulo ``modulus``; products bind more strongly than sums.
+    """The value of an expression such as 1 + 2 * 3 - 4, modulo a small number.
 
-    Numbers and operators, drawn uniformly, alternate. Even lengths begin with a blank. ``answers="all"`` asks at every
-    number for the value of the expression that ends there.
+    Numbers and operators, drawn uniformly, alternate; products bind more strongly than sums. Even lengths begin with a
+    blank. ``answers="all"`` asks at every number for the value of the expression that ends there.
     """
 
     modulus: int = 5
@@ -78,7 +78,7 @@ class ModularArithmetic(ExactProblem):
 
 @dataclass(frozen=True)
 class ModularArithmeticBrackets(ExactProblem):
-    """The value modulo ``modulus`` of a nested expression such as ((2+(-3))-4), in brackets throughout.
+    """The value of a nested expression such as ((2+(-3))-4), modulo a small number.
 
     An expression of fewer than five tokens is a number d, -d, (d) or (-d). A longer one is (left operator right), where
     the length of the left part is uniform and each part is drawn in the same way. Operators are + and -, with

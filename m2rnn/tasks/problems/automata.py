@@ -54,7 +54,7 @@ class _Automaton(ExactProblem):
 
 @dataclass(frozen=True)
 class Parity(_Automaton):
-    """Whether the number of ones among bits is odd (1) or even (0)."""
+    """Whether the number of ones so far is odd (1) or even (0)."""
 
     name: ClassVar[str] = "parity"
 
@@ -72,7 +72,7 @@ class Parity(_Automaton):
 
 @dataclass(frozen=True)
 class EvenPairs(_Automaton):
-    """Whether the number of neighbours that differ, 01 or 10, is odd (1) or even (0).
+    """Whether the number of unequal neighbours, 01 or 10, is odd (1) or even (0).
 
     That is whether the last bit differs from the first.
     """
@@ -93,7 +93,10 @@ class EvenPairs(_Automaton):
 
 @dataclass(frozen=True)
 class CycleNavigation(_Automaton):
-    """The position on a circle of ``places`` after steps of -1, 0 and +1, which are the letters 0, 1 and 2."""
+    """The position on a circle after steps of -1, 0 and +1.
+
+    The circle has ``places``; the steps are the letters 0, 1 and 2.
+    """
 
     places: int = 5
 

@@ -26,7 +26,7 @@ STEP, PLACE, WHERE = range(3)  # beyond the directions
 
 @dataclass(frozen=True)
 class Board(Machine):
-    """Predict the square of every piece that is asked for, on a board of ``height`` · ``width`` squares."""
+    """Predict the square of every piece that is asked for, on a small board."""
 
     pieces: int = 3
     height: int = 3

@@ -17,7 +17,10 @@ from m2rnn.tasks.problems.generate import Draws, ExactProblem, check_at_least, i
 
 @dataclass(frozen=True)
 class BucketSort(ExactProblem):
-    """n symbols, then n empty places: token ``symbols``, with which an odd length begins too."""
+    """Return random symbols in increasing order.
+
+    There are n symbols, then n empty places: token ``symbols``, with which an odd length begins too.
+    """
 
     symbols: int = 5
 

@@ -20,9 +20,10 @@ from m2rnn.tasks.problems.selective_copying import MAD
 
 @dataclass(frozen=True)
 class Compression(ExactProblem):
-    """n symbols, the compression token (number ``symbols``), and n empty places (``symbols`` + 1) for the answers.
+    """Keep a whole sequence in the state, and give it back.
 
-    MAD's 31 symbols have length 63 here. A sequence of even length begins with an empty place.
+    There are n symbols, the compression token (number ``symbols``), and n empty places (``symbols`` + 1). MAD's 31
+    symbols have length 63 here. A sequence of even length begins with an empty place.
     """
 
     symbols: int = 15

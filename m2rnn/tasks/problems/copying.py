@@ -18,9 +18,10 @@ from m2rnn.tasks.problems.generate import Draws, ExactProblem, check_at_least, i
 
 @dataclass(frozen=True)
 class Copying(ExactProblem):
-    """Repeat n random symbols after the copy token, which is token ``symbols``: x_1 … x_n copy x_1 … x_(n-1).
+    """Repeat a string of random symbols: x_1 … x_n copy x_1 … x_(n-1).
 
-    The answers are due from the copy token on, where each is the next token. An odd length shows the last one too.
+    The copy token is number ``symbols``. The answers are due from the copy token on, where each is the next token. An
+    odd length shows the last one too.
     """
 
     symbols: int = 26
@@ -57,9 +58,10 @@ class Copying(ExactProblem):
 
 @dataclass(frozen=True)
 class Reversing(ExactProblem):
-    """Return n random symbols in reverse order at n empty places: token ``symbols``, which begins an odd length too.
+    """Return a string of random symbols in reverse order.
 
-    A string of n symbols has length 2 n here; Delétang et al. give n.
+    The answers to n symbols are due at n empty places: token ``symbols``, which begins an odd length too. A string of n
+    symbols has length 2 n here; Delétang et al. give n.
     """
 
     symbols: int = 2

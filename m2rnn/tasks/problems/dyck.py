@@ -19,10 +19,11 @@ from m2rnn.tasks.problems.generate import Draws, ExactProblem, check_at_least, c
 
 @dataclass(frozen=True)
 class Dyck(ExactProblem):
-    """After every token of a Dyck word of ``kinds`` brackets, nested ``depth`` deep at most, say what is open.
+    """After every token of a Dyck word, say what is open.
 
-    Kind i opens with token i and closes with token ``kinds`` + i. With ``answer="close"`` the target is the token that
-    would close the innermost open bracket, or 2 · ``kinds`` if none is open; with ``"depth"``, how many are open.
+    There are ``kinds`` of brackets, nested ``depth`` deep at most. Kind i opens with token i and closes with token
+    ``kinds`` + i. With ``answer="close"`` the target is the token that would close the innermost open bracket, or 2 ·
+    ``kinds`` if none is open; with ``"depth"``, how many are open.
     """
 
     kinds: int = 8

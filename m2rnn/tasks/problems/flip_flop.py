@@ -24,7 +24,10 @@ SPARSE, DENSE = 0.98, 0.1
 
 @dataclass(frozen=True)
 class FlipFlop(ExactProblem):
-    """Name the bit last written, at every read. ``ignore`` is the probability of an instruction to ignore."""
+    """Name the bit last written, at every read.
+
+    ``ignore`` is the probability of an instruction to ignore.
+    """
 
     ignore: float = 0.8
 

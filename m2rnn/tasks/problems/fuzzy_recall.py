@@ -23,10 +23,11 @@ from m2rnn.tasks.problems.selective_copying import MAD
 
 @dataclass(frozen=True)
 class FuzzyRecall(ExactProblem):
-    """Recall the value of each key that has come before, token by token, from the key's last token on.
+    """Recall the value of each key that has come before, both of one to three tokens.
 
-    Keys are made of tokens from 0, values of those after them; the last of ``vocabulary`` fills up in front. ``size``
-    is the number of tokens of a key or value at most; with ``longest_keys`` all keys have that many.
+    A value is due token by token, from its key's last token on. Keys are made of tokens from 0, values of those after
+    them; the last of ``vocabulary`` fills up in front. ``size`` is the number of tokens of a key or value at most; with
+    ``longest_keys`` all keys have that many.
     """
 
     vocabulary: int = 16

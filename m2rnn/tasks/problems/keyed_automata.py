@@ -17,7 +17,9 @@ from m2rnn.tasks.problems.generate import Draws, ExactProblem, check_at_least, i
 
 @dataclass(frozen=True)
 class KeyedAutomata(ExactProblem):
-    """Keys and letters alternate; at each letter, name the state that it leads the key's automaton to.
+    """Advance the automaton that a key names, and name its new state.
+
+    Keys and letters alternate; the state is due at each letter.
 
     Every automaton has the same transitions and starts in state 0. Even letters permute the ``states``; odd letters map
     each state to any, so some states merge. ``machine`` draws other transitions.

@@ -20,7 +20,10 @@ from m2rnn.tasks.problems.selective_copying import MAD
 
 @dataclass(frozen=True)
 class Memorisation(ExactProblem):
-    """Name each key's value, at the insert token after it. ``dictionary`` draws other values."""
+    """Name each key's value in a fixed dictionary.
+
+    It is due at the insert token after the key. ``dictionary`` draws another dictionary.
+    """
 
     vocabulary: int = 256
     dictionary: int = 0

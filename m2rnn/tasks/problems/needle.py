@@ -16,11 +16,12 @@ from m2rnn.tasks.problems.generate import Draws, ExactProblem, check_at_least, i
 
 @dataclass(frozen=True)
 class Needle(ExactProblem):
-    """A haystack of ``symbols`` different tokens with ``needles`` hidden in it, fewer where they do not fit.
+    """Recall the token that followed a marker, among random tokens.
 
-    A needle is one of ``needles`` markers, each of which occurs once, and a symbol after it. The last token is one of
-    the markers again; the answer is the symbol that followed it. Needles lie anywhere with the same probability.
-    Markers are the tokens from ``symbols`` on.
+    The haystack is of ``symbols`` different tokens, with ``needles`` hidden in it, fewer where they do not fit. A
+    needle is one of ``needles`` markers, each of which occurs once, and a symbol after it. The last token is one of the
+    markers again; the answer is the symbol that followed it. Needles lie anywhere with the same probability. Markers
+    are the tokens from ``symbols`` on.
     """
 
     symbols: int = 64

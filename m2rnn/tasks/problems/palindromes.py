@@ -17,9 +17,10 @@ from m2rnn.tasks.problems.generate import Draws, ExactProblem, check_at_least, i
 
 @dataclass(frozen=True)
 class Palindromes(ExactProblem):
-    """After n symbols, a middle token (number ``symbols``) and n symbols: 1 for a palindrome, else 0.
+    """Say whether the second half of a sequence is the first half reversed.
 
-    A sequence of even length begins with a middle token.
+    After n symbols, a middle token (number ``symbols``) and n symbols: 1 for a palindrome, else 0. A sequence of even
+    length begins with a middle token.
     """
 
     symbols: int = 4

@@ -20,9 +20,10 @@ ENTRY = 2 + NUMBER  # tokens
 
 @dataclass(frozen=True)
 class Phonebook(ExactProblem):
-    """As many entries as fit, a question mark, a name of the book, and its number, digit by digit.
+    """Give the number of one name of a list.
 
-    The digits are due from the surname on, where each is the next token. In front are blanks, if any.
+    As many entries as fit, a question mark, a name of the book, and its number, digit by digit. The digits are due from
+    the surname on, where each is the next token. In front are blanks, if any.
 
     Tokens: ten digits; ``names`` first names and as many surnames; the question mark; the blank.
     """

@@ -20,7 +20,9 @@ MAD = "Poli et al., arXiv 2403.17844; athms/mad-lab"
 
 @dataclass(frozen=True)
 class SelectiveCopying(ExactProblem):
-    """Copy ``count`` symbols, or as many as fit if the sequence is shorter than 2 · ``count`` + 1.
+    """Copy the symbols of a sequence without the blanks between them.
+
+    There are ``count`` symbols, or as many as fit if the sequence is shorter than 2 · ``count`` + 1.
 
     Tokens: the symbols, then the blank, ``vocabulary`` - 2, and the copy token, ``vocabulary`` - 1.
     """

@@ -23,10 +23,10 @@ END = 2
 
 @dataclass(frozen=True)
 class StackManipulation(ExactProblem):
-    """n tokens of input, then n + 1 empty places, which give the stack and its end; what comes after does not count.
+    """Follow instructions to a stack, and return what is on it.
 
-    A sequence of even length begins with an empty place. An input of n tokens has length 2 n + 1 here; Delétang et al.
-    give n.
+    After n tokens of input, n + 1 empty places give the stack and its end; what comes after does not count. A sequence
+    of even length begins with an empty place. An input of n tokens has length 2 n + 1 here; Delétang et al. give n.
     """
 
     name: ClassVar[str] = "stack_manipulation"

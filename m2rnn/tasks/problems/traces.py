@@ -6,7 +6,7 @@ fully observed. They find that linear recurrences then fall behind non-linear on
 project's, and go beyond permutations; so figures are not comparable.
 
     tokens     0 … modulus - 1          numbers
-               then the variables       a, b, …, which all start at 0
+               then the variables       a, b, …, which start at 1, 2, …
                then the operations, each followed by two words:
 
                set a v      a = v                   add a b    a = a + b
@@ -32,7 +32,7 @@ OPERATIONS = ("set", "copy", "swap", "add", "sub", "mul", "if", "print", "maybe 
 
 @dataclass(frozen=True)
 class Traces(Machine):
-    """Predict every printed value of programs over a few ``variables``.
+    """Predict every printed value of programs over a few variables.
 
     ``hidden`` is the probability that a statement is one of those that happen or not. With it only those printed values
     count that follow from what has been seen.
@@ -101,4 +101,5 @@ class Traces(Machine):
         hidden = [of_pair("maybe swap", swap), of_number("maybe add", lambda s, a, v: put(s, a, s[a] + v))]
         questions = [((code["print"], self.modulus + a), itemgetter(a)) for a in variables]
         states = all_states(self.modulus, self.variables)
-        return table(states, states[0], seen, questions, hidden if self.hidden else ())
+        start = tuple((a + 1) % self.modulus for a in variables)
+        return table(states, start, seen, questions, hidden if self.hidden else ())

@@ -293,7 +293,7 @@ OPERATIONS = ["set", "copy", "swap", "add", "sub", "mul", "if", "print", "maybe_
 def traces(tokens, problem, scored):
     """Runs every program on all states that are still possible."""
     m, k = problem.modulus, problem.variables
-    targets, worlds = [], [[0] * k]
+    targets, worlds = [], [[(a + 1) % m for a in range(k)]]
     for statement in statements(tokens):
         operation = OPERATIONS[statement[0] - m - k]
         answer = _

@@ -38,8 +38,8 @@ DIGESTS: dict[str, str] = {
     "fuzzy_recall": "30fbd495f508bf50",
     "compression": "cc861e8fb9f8de8d",
     "memorisation": "a23bfebaf41346be",
-    "traces": "eee4e7609596232f",
-    "traces_hidden": "3d240bd5e7aacd34",
+    "traces": "c3a13013e391cc27",
+    "traces_hidden": "f15a0dad0ce17598",
     "boxes": "31ddd9379626884a",
     "board": "7798b4e88785dbba",
 }
