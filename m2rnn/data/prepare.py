@@ -39,6 +39,7 @@ from m2rnn.data.tokenizers import (
     train_bpe,
     vocab_size_of,
 )
+from m2rnn.runs.errors import check_sizes
 from m2rnn.runs.folder import run_folder, to_json, whole_folder, write_whole_file
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ class Settings:
     bos: bool = False
 
     def __post_init__(self) -> None:
+        check_sizes(vars(self))
         if not self.sources.get("train"):
             raise DataError("no source: name files, folders or a dataset of the Hub")
         if not 0 <= self.valid_fraction < 1:

@@ -19,6 +19,7 @@ from m2rnn.data.streams import why_not_utf8
 from m2rnn.evaluation.language_model import LanguageModel
 from m2rnn.models.cache import CACHE_NAME
 from m2rnn.models.model import M2RNNForCausalLM
+from m2rnn.runs.errors import check_sizes
 from m2rnn.runs.folder import PARTIAL, force_to_disk
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class GenerationSettings:
     static: bool | None = None
 
     def __post_init__(self) -> None:
+        check_sizes(vars(self))
         for name, fine, expected in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", self.temperature >= 0, "at least 0"),

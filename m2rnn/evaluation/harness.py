@@ -25,6 +25,7 @@ from m2rnn.evaluation.language_model import (
     load_model_tokenizer,
 )
 from m2rnn.runs.display import Display
+from m2rnn.runs.errors import check_sizes
 from m2rnn.runs.folder import RESULTS, run_folder, to_json, write_whole_file
 from m2rnn.runs.machine import check_device, hardware, versions
 from m2rnn.runs.models import check_model_folders, results_file, short_names
@@ -70,6 +71,7 @@ class TaskSettings:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        check_sizes(vars(self))
         if find_spec("lm_eval") is None:
             raise ValueError("tasks need lm-eval: pip install 'm2rnn[eval]'")
         if not all(self.tasks) or not self.tasks or len(set(self.tasks)) < len(self.tasks):

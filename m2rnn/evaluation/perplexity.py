@@ -34,6 +34,7 @@ from m2rnn.evaluation.spectra import recurrent_layers, spectra, summary_of_state
 from m2rnn.evaluation.text import Text
 from m2rnn.evaluation.windows import Windows
 from m2rnn.runs.display import Display
+from m2rnn.runs.errors import check_sizes
 from m2rnn.runs.folder import RESULTS, run_folder, to_json, write_whole_file
 from m2rnn.runs.machine import check_device, hardware, versions
 from m2rnn.runs.models import check_model_folders, results_file, short_names
@@ -89,6 +90,7 @@ class PerplexitySettings:
     recall_ngram: int = 3
 
     def __post_init__(self) -> None:
+        check_sizes(vars(self))
         given = [context for context in self.contexts if context is not None]
         if not self.contexts or len(set(self.contexts)) < len(self.contexts) or min(given, default=2) < 2:
             raise ValueError(f"context {_listed(self.contexts)}: expected different numbers from 2 on, or full")

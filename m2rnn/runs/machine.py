@@ -11,6 +11,9 @@ import torch
 
 from m2rnn.runs.errors import SettingsError
 
+# What a container may have, by the second and by the first version of control groups.
+CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
 
 def default_device() -> str:
     """The GPU if there is one, else the CPU."""
@@ -24,6 +27,22 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise SettingsError(f"device {device!r}: {reason}. Expected cpu, or cuda on a machine with a GPU") from error
+
+
+def memory_of(device: str | torch.device) -> int | None:
+    """Bytes of the GPU's memory, or of the memory that this machine lets a process have; None if nobody knows."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return None
+    for limit in CONTAINER_LIMITS:
+        if limit.exists():
+            text = limit.read_text().strip()
+            found += [int(text)] if text.isdecimal() else []  # or max
+    return min(found)
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:

@@ -17,4 +17,9 @@ _Loader.add_implicit_resolver(
 
 def read_yaml(text: str) -> Any:
     """The value that ``text`` holds; `yaml.YAMLError` if it is no YAML."""
-    return yaml.load(text, _Loader)
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deep") from None
+    except ValueError as error:  # such as a number of more digits than Python reads
+        raise yaml.YAMLError(str(error)) from None

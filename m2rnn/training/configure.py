@@ -24,7 +24,7 @@ def configure(
         config = preset(**{"vocab_size": vocab_size, **given, **typed})
         with torch.device("meta"):
             _try_mixers(M2RNNForCausalLM(config))
-    except (TypeError, ValueError, RuntimeError, StrictDataclassError) as error:
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise SettingsError(f"model {dict(changes)}: {reason}" if changes else reason) from error
     if config.vocab_size < vocab_size:

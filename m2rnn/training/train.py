@@ -53,6 +53,7 @@ from m2rnn.runs.folder import (
 )
 from m2rnn.runs.interrupts import interrupts_noted
 from m2rnn.runs.log import Log
+from m2rnn.runs.machine import memory_of
 from m2rnn.training.checkpoint import (
     CheckpointError,
     load_state,
@@ -63,7 +64,7 @@ from m2rnn.training.checkpoint import (
 from m2rnn.training.configure import configure
 from m2rnn.training.monitor import NON_FINITE, Monitor
 from m2rnn.training.throughput import Throughput, peak_flops
-from m2rnn.training.train_report import PLOT, machine, plan, write_plot
+from m2rnn.training.train_report import PLOT, check_memory, machine, plan, write_plot
 from m2rnn.training.train_settings import TrainSettings
 from m2rnn.training.trainer import CheckpointingTrainer
 
@@ -151,6 +152,7 @@ def _open(settings: TrainSettings, folder: Path, overwrite: bool, display: Displ
     config = build_config(settings, data)
     args = training_arguments(settings, folder)
     reporters = _reporters(settings)
+    check_memory(settings, config, args.world_size, is_bfloat16(settings, args.device), args.device)
     first = args.process_index == 0
     identity = settings.deciding() | {"tokens": tokens_hash(data)}
     with _held(folder, identity, overwrite, first):
@@ -294,7 +296,7 @@ def dry_run(settings: TrainSettings) -> str:
     data = TokenDataset(settings.data)
     config = build_config(settings, data)
     args = training_arguments(settings, Path())
-    return plan(settings, config, data, args.world_size, is_bfloat16(settings, args.device))
+    return plan(settings, config, data, args.world_size, is_bfloat16(settings, args.device), memory_of(args.device))
 
 
 def is_distributed() -> bool:

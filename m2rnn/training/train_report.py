@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,25 @@ from torch.overrides import TorchFunctionMode
 from m2rnn.data.token_files import TokenDataset
 from m2rnn.models import M2RNNConfig, M2RNNForCausalLM
 from m2rnn.models.sizes import size_of
+from m2rnn.runs.errors import SettingsError
 from m2rnn.runs.folder import LOG, write_whole_file
+from m2rnn.runs.machine import memory_of
 from m2rnn.training.monitor import duration
 from m2rnn.training.train_settings import TrainSettings
 
 PLOT = "loss.png"
+MOST_TOKENS = 2**32  # of a micro-batch that is planned
 
 
-def plan(settings: TrainSettings, config: M2RNNConfig, data: TokenDataset, processes: int, bfloat16: bool) -> str:
-    """Sizes, schedule and memory of a run, as a table."""
+def plan(
+    settings: TrainSettings,
+    config: M2RNNConfig,
+    data: TokenDataset,
+    processes: int,
+    bfloat16: bool,
+    there: int | None = None,
+) -> str:
+    """Sizes, schedule and memory of a run, as a table; ``there`` are the bytes that the device has."""
     size = size_of(config, settings.context)
     step_tokens = settings.context * settings.batch_size
     tokens = settings.steps * step_tokens
@@ -45,9 +56,38 @@ def plan(settings: TrainSettings, config: M2RNNConfig, data: TokenDataset, proce
         ("precision", f"{'bfloat16 autocast, ' if bfloat16 else ''}weights and moments float32, {shared}"),
         ("work", f"{size.training_flops * tokens:.3g} FLOP"),
         ("memory", "each process, about:"),
-        *((f"  {name}", f"{amount / 2**30:.2f} GiB") for name, amount in memory.items()),
+        *((f"  {name}", _gib(amount)) for name, amount in memory.items()),
+        *([] if there is None else [("  there is", _gib(there))]),
     ]
     return "\n".join(f"{title:<15} {text}" for title, text in rows)
+
+
+def check_memory(
+    settings: TrainSettings, config: M2RNNConfig, processes: int, bfloat16: bool, device: torch.device
+) -> None:
+    """Raise `SettingsError` for a run whose plan needs more memory than there is, before the first step needs it.
+
+    The kernel kills a process that takes too much, without a word. Compiled layers may keep less than is planned, so
+    half of the activations are not counted then.
+    """
+    there = memory_of(device)
+    if there is None:
+        return
+    planned = memory_per_process(settings, config, processes, bfloat16)
+    needed = planned["together"] - (planned.get("activations", 0) / 2 if settings.compile else 0)
+    if device.type == "cpu":  # which the processes of a machine share
+        needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if needed > there:
+        raise SettingsError(
+            f"context {settings.context:,} with micro_batch_size {settings.micro_batch_size:,}: "
+            f"training {settings.preset} needs about {_gib(needed)} of memory, and this {device.type.upper()} has "
+            f"{_gib(there)}. Expected a smaller context, micro_batch_size or model, or checkpoint_activations=true; "
+            "--dry-run shows the plan"
+        )
+
+
+def _gib(amount: float) -> str:
+    return f"{amount / 2**30:,.2f} GiB"
 
 
 def memory_per_process(
@@ -70,6 +110,8 @@ def memory_per_process(
 
 
 def _kept_for_backward(model: M2RNNForCausalLM, settings: TrainSettings) -> float:
+    if settings.micro_batch_size * settings.context > MOST_TOKENS:
+        return math.inf
     ids = torch.zeros(settings.micro_batch_size, settings.context, dtype=torch.long, device="meta")
     if settings.checkpoint_activations:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
@@ -82,8 +124,11 @@ def _kept_for_backward(model: M2RNNForCausalLM, settings: TrainSettings) -> floa
             kept[storage._cdata] = storage
         return tensor
 
-    with _LinearAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(ids, labels=ids, num_items_in_batch=1)
+    try:
+        with _LinearAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(ids, labels=ids, num_items_in_batch=1)
+    except (RuntimeError, ArithmeticError):  # a size that no integer of torch's holds
+        return math.inf
     return float(sum(storage.nbytes() for storage in kept.values()))
 
 

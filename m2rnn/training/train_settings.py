@@ -11,12 +11,13 @@ from typing import Any
 import yaml
 
 from m2rnn.data.streams import why_not_utf8
-from m2rnn.runs.errors import SettingsError, did_you_mean
+from m2rnn.runs.errors import SettingsError, check_sizes, did_you_mean
 from m2rnn.runs.yaml_values import read_yaml
 
 __all__ = ["FREE", "SettingsError", "TrainSettings", "described", "load_settings"]
 
 RECIPES = "recipes"
+MOST_PARTS = 16  # of a key
 PRECISIONS = ("auto", "bfloat16", "float32")
 # What a run may change when it goes on: these settings decide how the steps are computed, not which they are.
 FREE = (
@@ -113,6 +114,7 @@ class TrainSettings:
     valid_sequences: int = 64
 
     def __post_init__(self) -> None:
+        check_sizes(vars(self))
         positive = (
             "context",
             "batch_size",
@@ -248,6 +250,8 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
     first, *rest = key.split(".")
+    if len(rest) > MOST_PARTS:
+        raise SettingsError(f"key {key[:40]!r}…: expected at most {MOST_PARTS} parts after model")
     if rest and first != "model":
         raise SettingsError(f"key {key!r}: only model has parts, such as model.hidden_size")
     for name in [first, *rest][:-1]:
@@ -271,6 +275,8 @@ def _checked(values: Mapping[str, Any]) -> TrainSettings:
 def _typed(name: str, value: Any, expected: Any) -> Any:
     """The value if it is of the expected type."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number:
+        check_sizes({name: value})  # a float may not hold it
     if expected is float and is_number:
         return float(value)
     if expected is int and is_number and float(value).is_integer():

@@ -623,6 +623,8 @@ MISTAKES = {
     "stride": (["{model}", "--data", "{data}", "--context", "8", "--stride", "9"], "stride 9"),
     "packed stride": (["{model}", "--data", "{data}", "--windows", "packed", "--stride", "9"], "neither a stride"),
     "windows": (["{model}", "--data", "{data}", "--windows", "some"], "windows 'some'"),
+    "batch beyond numbers": (["{model}", "--data", "{data}", "--batch", "9" * 30], "batch 999999999999"),
+    "context beyond numbers": (["{model}", "--data", "{data}", "--context", "9" * 19], "contexts 999999999"),
     "batch": (["{model}", "--data", "{data}", "--batch", "0"], "batch 0"),
     "dtype": (["{model}", "--data", "{data}", "--dtype", "int8"], "dtype 'int8'"),
     "device": (["{model}", "--data", "{data}", "--device", "abacus"], "device 'abacus'"),

@@ -9,9 +9,10 @@ import torch
 from m2rnn.data.token_files import TokenDataset
 from m2rnn.models import M2RNNForCausalLM
 from m2rnn.runs.errors import SettingsError
+from m2rnn.runs.machine import memory_of
 from m2rnn.training.throughput import Throughput, peak_of
 from m2rnn.training.train import build_config, dry_run, train, training_arguments
-from m2rnn.training.train_report import memory_per_process
+from m2rnn.training.train_report import check_memory, memory_per_process
 from m2rnn.training.train_settings import load_settings, recipes
 from tests.training.train_runs import settings_of
 
@@ -53,9 +54,24 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
         ("keep_checkpoints=1", r"keep_checkpoints 1: expected at least 2"),
         ("valid_sequences=-1", r"valid_sequences -1: expected a whole number of at least 0"),
         ("steps=true", r"steps True: expected a whole number"),
+        ("context=1000000000000000000", r"context 1000000000000000000: expected a whole number of at most"),
+        ("batch_size=1e308", r"batch_size 1e\+308: expected a number of at most 3e\+38"),
+        ("batch_size=1e30", r"batch_size 1000000000000000\d+: expected a whole number of at most 4,294,967,296"),
+        ("valid_sequences=1e308", r"valid_sequences 1e\+308: expected a number of at most"),
+        ("learning_rate=1e308", r"learning_rate 1e\+308: expected a number of at most"),
+        ("weight_decay=-1e300", r"weight_decay -1e\+300: expected a number of at most"),
+        ("skip_steps=[1,100000000000]", r"skip_steps 100000000000: expected a whole number of at most"),
+        ("steps=1" + 400 * "0", r"steps of more than 40 digits: expected a whole number of at most"),
+        ("steps=1" + 9000 * "0", r"'steps=10+': expected KEY=VALUE"),
+        ("model=" + 9999 * "[", r"'model=\[+': expected KEY=VALUE"),
+        ("model" + 999 * ".a" + "=1", r"key 'model\.a.*: expected at most 16 parts"),
+        ("model.hidden_size=" + "9" * 30, r"model .*hidden_size"),
+        ("context=1000000", r"context 1,000,000 with micro_batch_size 2: training tiny-hybrid-m2rnn needs about"),
+        ("context=4294967296", r"context 4,294,967,296 with micro_batch_size 2: .* needs about inf GiB"),
     ],
 )
-def test_settings_that_cannot_work_are_named(tmp_path, data, override, message):
+def test_settings_that_cannot_work_are_named(tmp_path, data, override, message, monkeypatch):
+    monkeypatch.setattr("m2rnn.training.train_report.memory_of", lambda device: 2**32)
     with pytest.raises(SettingsError, match=message):
         train(settings_of(data, *override.split()), tmp_path)
     assert not list(tmp_path.iterdir())
@@ -175,6 +191,38 @@ def test_a_recipe_may_begin_with_a_byte_order_mark_but_not_be_in_utf_16(tmp_path
     recipe.write_text("preset: tiny-m2rnn\n", encoding="utf-16")
     with pytest.raises(SettingsError, match=r"recipe\.yaml: UTF-16, expected UTF-8: convert the file"):
         load_settings(recipe, [], {"data": data})
+
+
+def test_a_recipe_that_is_nested_too_deep_is_named(tmp_path, data):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("preset: " + 10_000 * "[")
+    with pytest.raises(SettingsError, match=r"recipe .*recipe\.yaml is no YAML: it is nested too deep"):
+        load_settings(recipe, [], {"data": data})
+
+
+@pytest.mark.parametrize("option", ["", "checkpoint_activations=true", "compile=true"])
+def test_a_run_is_refused_from_the_byte_on_that_its_plan_exceeds(tmp_path, data, monkeypatch, option):
+    settings = settings_of(data, *option.split())
+    config = build_config(settings, TokenDataset(data))
+    planned = memory_per_process(settings, config, 1, False)
+    needed = planned["together"] - (planned["activations"] / 2 if settings.compile else 0)
+    for processes in (1, 2):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        arguments = (settings, config, 1, False, torch.device("cpu"))
+        monkeypatch.setattr("m2rnn.training.train_report.memory_of", lambda device, n=processes: int(n * needed))
+        check_memory(*arguments)
+        monkeypatch.setattr("m2rnn.training.train_report.memory_of", lambda device, n=processes: int(n * needed) - 1)
+        with pytest.raises(SettingsError, match=r"this CPU has 0\.\d\d GiB\. Expected a smaller context"):
+            check_memory(*arguments)
+
+
+def test_the_memory_of_a_machine_is_its_own_or_its_containers(tmp_path, monkeypatch):
+    monkeypatch.setattr("m2rnn.runs.machine.CONTAINER_LIMITS", (tmp_path / "limit",))
+    own = memory_of("cpu")
+    assert own > 2**28
+    for text, expected in (("max\n", own), (f"{2**20}\n", 2**20), (f"{2**63}\n", own)):
+        (tmp_path / "limit").write_text(text)
+        assert memory_of("cpu") == expected
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
