@@ -22,6 +22,7 @@ WITHOUT_EFFECT = frozenset(
         "return_dict",
         "seq_idx",  # beside cu_seq_lens_q or position_ids
         "token_type_ids",
+        "tokenizer",  # generate passes its own on, as with stop_strings and in `transformers serve`
         *TransformersKwargs.__optional_keys__,
     }
 )

@@ -146,3 +146,10 @@ def test_tokenizers_and_pipelines_pass_what_they_make() -> None:
         assert [one[0]["generated_text"].startswith(text) for one, text in zip(found, texts, strict=True)] == [True] * 2
     features = pipeline("feature-extraction", model=model.model, tokenizer=tokenizer(), device="cpu")
     assert len(features(texts[0])[0]) == 3
+
+
+def test_generate_takes_a_tokenizer_as_with_stop_strings() -> None:
+    model, ids = make("hybrid"), torch.tensor([[1, 3, 4, 5]])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"w": 0}, unk_token="w")))
+    arguments = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(ids, tokenizer=tokenizer, **arguments), model.generate(ids, **arguments))
