@@ -12,6 +12,7 @@ from m2rnn.cli.evaluate import evaluate
 from m2rnn.cli.generate import generate
 from m2rnn.cli.prepare import prepare
 from m2rnn.cli.presets import presets
+from m2rnn.cli.tasks import tasks
 from m2rnn.cli.track import track
 from m2rnn.cli.train import SettingsAreNoOptions, settings_help, train
 
@@ -45,6 +46,7 @@ for name, command in COMMANDS.items():
     app.command(name)(command)
 app.add_typer(evaluate, name="eval")
 app.add_typer(bench, name="bench")
+app.add_typer(tasks, name="tasks")
 
 
 def main() -> None:

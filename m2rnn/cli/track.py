@@ -11,7 +11,9 @@ import typer
 from m2rnn.cli.errors import fail, interrupted_run, user_errors
 from m2rnn.cli.options import Device, OverwriteRun, RunFolder, numbers, same_command
 from m2rnn.runs.errors import SettingsError
-from m2rnn.tasks.settings import TrackSettings
+from m2rnn.tasks.settings import RunSettings, TrackSettings
+
+Several = tuple[Sequence[str], Sequence[int], int]  # mixers, seeds, runs at a time
 
 DEFAULT = TrackSettings()
 DEFAULT_LENGTHS = ",".join(map(str, DEFAULT.test_lengths))
@@ -105,18 +107,18 @@ def track(
         "seed": seed, "test_sequences": test_sequences,
     }  # fmt: skip
     again = same_command(overwrite)
-    with user_errors(interrupted=lambda: _interrupted(again, out, compare or seeds)):
+    with user_errors(interrupted=lambda: interrupted(again, out, compare or seeds)):
         lengths = numbers("test_lengths", test_lengths, "128,256,512")
         settings = TrackSettings(model=parse_overrides(model or []), test_lengths=lengths, **choices)
-        several = None if compare is None and seeds is None else (_mixers(compare, mixer), _seeds(seeds, seed), jobs)
+        several = several_runs(compare, mixer, seeds, seed, jobs)
         options = {"overwrite": overwrite, "checkpoint_every": checkpoint_every, "minutes": minutes}
-        _track(settings, out, several, options, device, again)
+        run_or_compare(settings, out, several, options, device, again)
 
 
-def _track(
-    settings: TrackSettings,
+def run_or_compare(
+    settings: RunSettings,
     out: Path,
-    several: tuple[Sequence[str], Sequence[int], int] | None,
+    several: Several | None,
     options: dict[str, Any],
     device: str | None,
     again: str,
@@ -148,19 +150,19 @@ def _track(
         fail(f"{len(failed)} runs failed (more in results.json); {again} tries them again:{reasons}", 1)
 
 
-def _interrupted(again: str, out: Path, several: str | None) -> str:
+def interrupted(again: str, out: Path, several: str | None) -> str:
     return f"interrupted; {again} resumes all runs in {out}" if several else interrupted_run(again, out)
 
 
-def _mixers(compare: str | None, mixer: str) -> list[str]:
-    return [mixer] if compare is None else compare.split(",")
+def several_runs(compare: str | None, mixer: str, seeds: str | None, seed: int, jobs: int) -> Several | None:
+    """What ``--compare`` and ``--seeds`` ask for; None without both."""
+    if compare is None and seeds is None:
+        return None
+    mixers = [mixer] if compare is None else compare.split(",")
+    return mixers, [seed] if seeds is None else numbers("seeds", seeds, "0,1,2,3,4"), jobs
 
 
-def _seeds(seeds: str | None, seed: int) -> Sequence[int]:
-    return [seed] if seeds is None else numbers("seeds", seeds, "0,1,2,3,4")
-
-
-def parse_overrides(pairs: list[str]) -> dict[str, Any]:
+def parse_overrides(pairs: list[str], name_of: str = "model", example: str = "hidden_size=32") -> dict[str, Any]:
     """``["hidden_size=32"]`` as ``{"hidden_size": 32}``; values are YAML."""
     import yaml
 
@@ -174,5 +176,5 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             equals = ""
         if not equals:
-            raise SettingsError(f"model {pair!r}: expected NAME=VALUE, such as hidden_size=32")
+            raise SettingsError(f"{name_of} {pair!r}: expected NAME=VALUE, such as {example}")
     return overrides
