@@ -147,7 +147,9 @@ class Attention(nn.Module):
                 keys = torch.cat([state.keys.to(k.dtype), k], 1)
                 values = torch.cat([state.values.to(v.dtype), v], 1)
             mask, past = self._mask(state, q), 0 if state is None else state.keys.shape[1]
-            y = self._attend(q, keys, values, attn_mask=mask, is_causal=mask is None and bool(past == 0))
+            # A branch, since torch.compile may not know how long the past is, and is_causal must be known
+            options = {"is_causal": True} if mask is None and past == 0 else {"attn_mask": mask}
+            y = self._attend(q, keys, values, **options)
         if packing is not None:
             y = packing.pack(y)
         final_state = AttentionState(keys, values, _valid(state, packing, k)) if output_state else None

@@ -247,6 +247,30 @@ def test_compiled_blocks_serve_new_lengths_and_packings_without_compiling_again(
     assert packed[1:] == [packed[1]] * 3
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"rope_theta": 10.0, "qk_norm": True}])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of dynamo's own
+@torch.no_grad()
+def test_compiled_decoding_with_a_growing_state_has_no_graph_break_and_serves_new_lengths(options: dict) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch.compiler.reset()
+    layer, counter = Attention(8, 2, **options).double(), CompileCounterWithBackend("eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    compilations = []
+    for steps in (5, 6, 9):  # of a prompt; then what may follow it
+        prompt = torch.randn(2, steps, 8, dtype=torch.float64)
+        _, state = layer(prompt)
+        _, compiled_state = layer(prompt)
+        for more in (1, 1, 1, 1, 1, 1, 4, 3, 1):
+            tokens = torch.randn(2, more, 8, dtype=torch.float64)
+            expected, state = layer(tokens, state)
+            y, compiled_state = compiled(tokens, compiled_state)
+            assert_close(y, expected, torch.float64, "output")
+        compilations.append(counter.frame_count)
+    assert compilations[1] <= 4
+    assert compilations[2] == compilations[1]
+
+
 def test_crop_forgets_the_last_tokens_of_each_sequence() -> None:
     layer = Attention(8, 2, rope_theta=10.0).double()
     lengths = [6, 3, 4]
