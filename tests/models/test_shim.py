@@ -68,14 +68,14 @@ def test_transformers_marks_no_class_to_copy_its_file(tmp_path: Path) -> None:
     M2RNNConfig.register_for_auto_class()
     model = make("m2rnn", torch.float32)
     type(model).register_for_auto_class("AutoModelForCausalLM")
-    assert not model.is_remote_code()
-    assert not model.config.is_remote_code()
+    assert model._auto_class is None
+    assert model.config._auto_class is None
 
     class Own(M2RNNConfig):
         model_type = "own"
 
     Own.register_for_auto_class()
-    assert Own.is_remote_code()
+    assert Own._auto_class == "AutoConfig"
 
 
 def test_entries_of_other_files_stay_in_auto_map() -> None:
