@@ -138,3 +138,26 @@ def _run(
         **choices,
     )
     run_or_compare(settings, out, several_runs(*several), options, device, same_command(options["overwrite"]))
+
+
+@tasks.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of runs and comparisons, or of many of them.")],
+    out: Annotated[Path | None, typer.Option(help="Also draw the map, into this PNG.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Map tasks and mixers by their results.
+
+    Mean accuracy beyond the training length, over all seeds, and how many seeds hold it: at least 99% at four times
+    the training length. A failed run counts as a seed, with the accuracy of chance.
+
+    Example: m2rnn tasks report runs/tasks --out map.png
+    """
+    from m2rnn.tasks.map import draw_map, map_table, read_map
+
+    with user_errors(interrupted="interrupted"):
+        cells = read_map(folders)
+        if out is not None:
+            draw_map(out, cells)
+        found = {task: {mixer: cell.as_json() for mixer, cell in row.items()} for task, row in cells.items()}
+        typer.echo(json.dumps(found, indent=2) if as_json else map_table(cells))
