@@ -25,7 +25,12 @@ Tokenizer = Annotated[
 ]
 VocabSize = Annotated[int, typer.Option(help="Token ids of train-bpe.")]
 BpeFraction = Annotated[float, typer.Option(help="Share of SOURCES' documents to use for train-bpe.")]
-Bos = Annotated[bool, typer.Option(help="Begin documents with the tokenizer's bos; all end with its eos.")]
+Bos = Annotated[
+    bool | None,
+    typer.Option(
+        help="Whether documents begin with the tokenizer's bos; default as it begins texts. All end with eos."
+    ),
+]
 HubConfig = Annotated[str | None, typer.Option(help="Configuration of a dataset of the Hub.")]
 HubSplit = Annotated[str, typer.Option(help="Split of a dataset of the Hub.")]
 Processes = Annotated[int | None, typer.Option(help="How many work at once; default one a core.", min=1)]
@@ -42,7 +47,7 @@ def prepare(
     tokenizer: Tokenizer = "bytes",
     vocab_size: VocabSize = 32000,
     bpe_fraction: BpeFraction = 1.0,
-    bos: Bos = False,
+    bos: Bos = None,
     field: Field = "text",
     glob: Glob = "**/*",
     separator: Separator = None,

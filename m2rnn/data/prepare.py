@@ -32,9 +32,11 @@ from m2rnn.data.token_files import (
 from m2rnn.data.token_writer import PROGRESS, Progress, TokenWriter
 from m2rnn.data.tokenizers import (
     TOKENIZER_FILE,
+    adds_bos,
     byte_tokenizer,
     load_tokenizer,
     save_tokenizer,
+    set_bos,
     tokenizer_hash,
     train_bpe,
     vocab_size_of,
@@ -76,7 +78,8 @@ class Settings:
         bpe_fraction: of the training documents to train it on.
         valid_fraction: of the documents of ``train`` to put into ``valid`` instead, chosen by a hash of the text, so
             that copies of a document are on the same side.
-        bos: whether documents begin with the tokenizer's bos.
+        bos: whether documents begin with the tokenizer's bos; None for as the tokenizer itself begins texts. The
+            tokenizer that is written, and that of a model trained on the tokens, begins texts likewise.
 
     Raises:
         DataError: for a value that cannot be.
@@ -88,7 +91,7 @@ class Settings:
     vocab_size: int = 32000
     bpe_fraction: float = 1.0
     valid_fraction: float = 0.0
-    bos: bool = False
+    bos: bool | None = None
 
     def __post_init__(self) -> None:
         check_sizes(vars(self))
@@ -145,6 +148,7 @@ def prepare(
         split: [_without(folder, find_source(name, settings.reading)) for name in settings.sources.get(split, ())]
         for split in settings.splits
     }
+    settings = replace(settings, bos=_begins_with_bos(settings))
     versions = {split: [_version(source) for source in found] for split, found in sources.items()}
     tokenizer_version = _tokenizer_version(settings.tokenizer)
     settled = {**asdict(settings), "versions": versions, "tokenizer_version": tokenizer_version}
@@ -183,7 +187,11 @@ def table(manifest: Mapping[str, Any]) -> str:
             f"{held['bytes'] / held['tokens']:>13.2f}"
         )
     tokenizer = manifest["tokenizer"]
-    lines += ["", f"tokenizer {tokenizer['name']}: {tokenizer['vocab_size']:,} ids, stored as {manifest['dtype']}"]
+    begun = "; documents begin with bos" if manifest["bos"] else ""
+    lines += [
+        "",
+        f"tokenizer {tokenizer['name']}: {tokenizer['vocab_size']:,} ids, stored as {manifest['dtype']}{begun}",
+    ]
     if manifest["empty"]:
         lines.append(f"{manifest['empty']:,} empty documents left out")
     if manifest["rejected"]:
@@ -228,15 +236,23 @@ def _make_tokenizer(
     settings: Settings, sources: Sequence[Files | HubDataset], on_error: str, update: Say
 ) -> "PreTrainedTokenizerBase":
     if settings.tokenizer == BYTES:
-        return byte_tokenizer()
-    if settings.tokenizer == BPE:
-        return train_bpe(_bpe_texts(settings, sources, on_error, update), settings.vocab_size)
-    tokenizer = load_tokenizer(settings.tokenizer)
+        tokenizer = byte_tokenizer()
+    elif settings.tokenizer == BPE:
+        tokenizer = train_bpe(_bpe_texts(settings, sources, on_error, update), settings.vocab_size)
+    else:
+        tokenizer = load_tokenizer(settings.tokenizer)
     if tokenizer.eos_token_id is None:
         raise DataError(f"tokenizer {settings.tokenizer!r} has no eos token to end documents with: give it one")
     if settings.bos and tokenizer.bos_token_id is None:
         raise DataError(f"tokenizer {settings.tokenizer!r} has no bos token to begin documents with")
+    set_bos(tokenizer, bool(settings.bos))
     return tokenizer
+
+
+def _begins_with_bos(settings: Settings) -> bool:
+    if settings.bos is None and settings.tokenizer not in (BYTES, BPE):
+        return adds_bos(load_tokenizer(settings.tokenizer))
+    return bool(settings.bos)
 
 
 def _bpe_texts(settings: Settings, sources: Sequence[Files | HubDataset], on_error: str, update: Say) -> Iterator[str]:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m2rnn.data.sources import DataError
-from m2rnn.data.tokenizers import load_tokenizer, tokenizer_hash
+from m2rnn.data.tokenizers import TOKENIZER_FILE, load_tokenizer, set_bos, tokenizer_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -175,25 +175,32 @@ class TokenDataset:
         if file_hash(self.tokens_path) != self.manifest["splits"][self.split]["tokens_sha256"]:
             raise self._damaged(self.tokens_path)
         try:
-            found = tokenizer_hash(self.folder / TOKENIZER)
+            whole = self._is_made_by(self.folder / TOKENIZER)
         except (OSError, DataError) as error:
             raise self._damaged(self.folder / TOKENIZER) from error
-        if found != self.tokenizer_hash:
+        if not whole:
             raise self._damaged(self.folder / TOKENIZER)
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The tokenizer that made the tokens.
+        """The tokenizer that made the tokens; it begins texts with bos if the documents begin so.
 
         Raises:
             DataError: if another one has taken its place.
         """
         tokenizer = load_tokenizer(self.folder / TOKENIZER)
         self.check_tokenizer(tokenizer, f"the tokenizer in {self.folder / TOKENIZER}")
+        set_bos(tokenizer, bool(self.manifest.get("bos")))  # an earlier version left the tokenizer as it was
         return tokenizer
+
+    def _is_made_by(self, tokenizer: "PreTrainedTokenizerBase | Path | str") -> bool:
+        return self.tokenizer_hash in (tokenizer_hash(tokenizer), tokenizer_hash(tokenizer, with_template=True))
 
     def check_tokenizer(self, tokenizer: "PreTrainedTokenizerBase | Path | str", name: str | None = None) -> None:
         """Refuse a tokenizer (or a folder with one) whose ids are not those of the tokens."""
-        if tokenizer_hash(tokenizer) != self.tokenizer_hash:
+        own = self.folder / TOKENIZER
+        # A model may have the tokenizer with another template: it is compared with the folder's own, not the manifest.
+        like_own = (own / TOKENIZER_FILE).exists() and tokenizer_hash(tokenizer) == tokenizer_hash(own)
+        if not self._is_made_by(tokenizer) and not (like_own and self._is_made_by(own)):
             made_by = self.manifest["tokenizer"]["name"]
             raise DataError(
                 f"{name or tokenizer} is not the tokenizer that made {self.folder} ({made_by}, "

@@ -151,10 +151,49 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
         raise OSError(f"cannot write the tokenizer to {folder}: {error}") from error
 
 
-def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase | Path | str") -> str:
-    """SHA-256 of what decides the ids of a text: ``tokenizer.json`` less its padding and truncation.
+def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the tokenizer itself begins a text with bos."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
-    ``tokenizer`` may also be the folder that holds the file. Two tokenizers with the same hash give the same ids.
+
+def set_bos(tokenizer: "PreTrainedTokenizerBase", wanted: bool) -> None:
+    """Let the tokenizer itself begin texts with bos, or not, as the text was prepared that a model learns from.
+
+    Raises:
+        DataError: if it has no bos, or adds it in a way that cannot be changed.
+    """
+    from tokenizers import Tokenizer, processors
+
+    if adds_bos(tokenizer) == wanted:
+        return
+    backend, bos = tokenizer.backend_tokenizer, tokenizer.bos_token
+    if wanted:
+        if bos is None:
+            raise DataError("the tokenizer has no bos token to begin documents with")
+        template = processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", "$B:1"], special_tokens=[(bos, tokenizer.bos_token_id)]
+        )
+        before = backend.post_processor
+        backend.post_processor = template if before is None else processors.Sequence([before, template])
+    else:
+        content = json.loads(backend.to_str())
+        for part in (content["post_processor"], *content["post_processor"].get("processors", ())):
+            for name in {"single", "pair"} & part.keys() if part["type"] == "TemplateProcessing" else ():
+                part[name] = [piece for piece in part[name] if piece.get("SpecialToken", {}).get("id") != bos]
+        backend.post_processor = Tokenizer.from_str(json.dumps(content)).post_processor
+    if getattr(tokenizer, "_add_bos_token", wanted) != wanted:  # transformers makes its template of this when it loads
+        tokenizer._add_bos_token = wanted
+    if "add_bos_token" in tokenizer.init_kwargs:
+        tokenizer.init_kwargs["add_bos_token"] = wanted
+    if adds_bos(tokenizer) != wanted:
+        raise DataError(f"the tokenizer {'adds no' if wanted else 'always adds'} bos: expected the other way round")
+
+
+def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase | Path | str", with_template: bool = False) -> str:
+    """SHA-256 of what decides the ids of a text: ``tokenizer.json`` less its padding, truncation and template.
+
+    ``tokenizer`` may also be the folder that holds the file. Two tokenizers with the same hash give the same ids, but
+    for those that a template puts around a text. Manifests of earlier versions have the hash ``with_template``.
 
     Raises:
         DataError: if the file is no JSON.
@@ -168,6 +207,8 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase | Path | str") -> str:
     else:
         content = json.loads(tokenizer.backend_tokenizer.to_str())
     content = {key: value for key, value in content.items() if key not in ("padding", "truncation")}
+    if not with_template:
+        content["post_processor"] = None
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -162,7 +162,7 @@ def harness_model(
 
     limit = getattr(model.model.config, "max_position_embeddings", None)
     dtype = next(model.model.parameters()).dtype
-    return HFLM(
+    return with_one_bos(HFLM)(
         pretrained=model.model,
         tokenizer=tokenizer,
         backend="causal",
@@ -170,6 +170,26 @@ def harness_model(
         max_length=max_length or limit or UNLIMITED,
         softmax_dtype="float64" if str(dtype) == "torch.float64" else "float32",
     )
+
+
+def with_one_bos(kind: Any) -> Any:
+    """A class of lm-eval's models whose rolling likelihoods see bos once: it puts one before what has one already."""
+
+    class WithOneBos(kind):  # type: ignore[misc]
+        _rolls = False
+
+        def loglikelihood_rolling(self, *arguments: Any, **options: Any) -> Any:
+            self._rolls = True
+            try:
+                return super().loglikelihood_rolling(*arguments, **options)
+            finally:
+                self._rolls = False
+
+        def tok_encode(self, *arguments: Any, **options: Any) -> Any:
+            ids = super().tok_encode(*arguments, **options)
+            return ids[1:] if self._rolls and list(ids[:1]) == [self.prefix_token_id] else ids
+
+    return WithOneBos
 
 
 def load_tasks(settings: TaskSettings, folder: Path) -> tuple[Any, dict[str, list[Any]]]:

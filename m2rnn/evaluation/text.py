@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from m2rnn.data.sources import DataError, Files, Reading, Rejected, documents, find_source, pieces
 from m2rnn.data.token_files import MANIFEST, TokenDataset, read_manifest, tokens_name
-from m2rnn.data.tokenizers import token_dtype, vocab_size_of
+from m2rnn.data.tokenizers import adds_bos, token_dtype, vocab_size_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,7 +112,7 @@ def from_files(
     found = find_source(source, reading)
     if not isinstance(found, Files):
         raise DataError(f"{source}: no such file or folder; prepare a dataset of the Hub with m2rnn prepare")
-    bos, eos = _added_bos(tokenizer), tokenizer.eos_token_id
+    bos, eos = tokenizer.bos_token_id if adds_bos(tokenizer) else None, tokenizer.eos_token_id
     vocab_size = vocab_size_of(tokenizer)
     dtype = token_dtype(vocab_size)
     encode = _encoder(tokenizer)
@@ -157,11 +157,6 @@ def _encoder(tokenizer: "PreTrainedTokenizerBase") -> Callable[[list[str]], list
     copy.no_padding()
     copy.encode_special_tokens = True  # what looks like a special token in a text is text
     return lambda texts: [encoding.ids for encoding in copy.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-def _added_bos(tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    ids = tokenizer("a")["input_ids"]
-    return tokenizer.bos_token_id if ids[:1] == [tokenizer.bos_token_id] else None
 
 
 def bytes_of_tokens(tokenizer: "PreTrainedTokenizerBase") -> NDArray[np.int64]:

@@ -28,6 +28,8 @@ CHANGED: dict[str, str] = {
     f"eval {option}": "`m2rnn eval` is two commands, `eval text` and `eval tasks`; the old spelling works and says so."
     for option in read_json(DATA / "commands.json")["eval"]
 }
+for option in ("--bos", "--no-bos"):
+    CHANGED[f"prepare {option}"] = "`m2rnn prepare` begins documents with bos where the tokenizer itself does."
 CHANGED |= {
     f"{name} {field}": "Without experts `output_router_logits` is None and `router_aux_loss_coef` 0: TRL asks these."
     for field in ("output_router_logits", "router_aux_loss_coef")
