@@ -118,9 +118,15 @@ def _generate(
 
 
 def _without_tokenizer(folder: Path) -> str:
-    """What to do with a model that has none, such as one of ``m2rnn track``."""
-    settings = folder.resolve().parent / SETTINGS
-    group = read_json(settings).get("group") if settings.is_file() else None
+    """What to do with a model that has none, such as one of ``m2rnn track`` or ``m2rnn tasks``."""
+    file = folder.resolve().parent / SETTINGS
+    settings = read_json(file) if file.is_file() else {}
+    group, task = settings.get("group"), settings.get("task")
+    if task is not None:
+        return (
+            f"m2rnn tasks trained it on the tokens of {task}, which are numbers, not text. It reads them and gives its "
+            "answers at their places: M2RNNForCausalLM.from_pretrained(…)(numbers).logits.argmax(-1)"
+        )
     if group is None:
         return "save it there (save_pretrained)"
     return (

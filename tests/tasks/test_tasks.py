@@ -160,6 +160,9 @@ def test_a_problem_of_ones_own_is_a_task(tmp_path):
     done = command("run", path, "--out", tmp_path / "run", *OPTIONS)
     assert done.exit_code == 0, done.output
     assert "last quarter" in done.stdout
+    told = CliRunner().invoke(cli.app, ["generate", str(tmp_path / "run/model"), "text"])
+    assert told.exit_code == 2
+    assert "has no tokenizer: m2rnn tasks trained it on the tokens of" in told.stderr
 
 
 def test_a_mistake_in_the_command_is_one_line(tmp_path):
