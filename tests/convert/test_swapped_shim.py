@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils.hub import PushToHubMixin
 
 import m2rnn
 from m2rnn.convert.families import SwappedMixer, mixer_of
@@ -77,3 +78,14 @@ def test_weights_without_the_guard_load_as_before(tmp_path: Path) -> None:
     loaded, told = m2rnn.load_swapped(tmp_path, output_loading_info=True)
     assert not any(told.values()), told
     assert isinstance(mixer_of(loaded, 0), SwappedMixer)
+
+
+def test_the_hub_gets_the_shim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[set[str]] = []
+    monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", lambda self, at, *args: sent.append(names(at)))
+    swapped("qwen3_5", [0], torch.float32)._upload_modified_files(str(tmp_path), "a/b", {})
+    assert sent == [{f"{SWAPPED_SHIM}.py"}]
+
+
+def names(folder: str) -> set[str]:
+    return {path.name for path in Path(folder).iterdir()}

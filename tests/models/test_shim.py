@@ -2,10 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers.utils.hub import PushToHubMixin
 
 from m2rnn.models import M2RNNConfig, M2RNNForSequenceClassification, M2RNNForTokenClassification
 from m2rnn.models.shim import AUTO_MAP, SHIM
@@ -76,6 +79,22 @@ def test_transformers_marks_no_class_to_copy_its_file(tmp_path: Path) -> None:
 
     Own.register_for_auto_class()
     assert Own._auto_class == "AutoConfig"
+
+
+def test_the_hub_gets_the_shim_with_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[set[str]] = []
+
+    def upload(self: Any, working_dir: str, repo_id: str, files_timestamps: dict[str, float], **others: Any) -> None:
+        times = {path.name: path.stat().st_mtime for path in Path(working_dir).iterdir()}
+        sent.append({name for name, time in times.items() if time > files_timestamps.get(name, 0)})
+
+    hub = SimpleNamespace(create_repo=lambda *args, **kwargs: SimpleNamespace(repo_id="a/b"))
+    monkeypatch.setattr("transformers.configuration_utils.hf_api", lambda: hub, raising=False)
+    monkeypatch.setattr("transformers.configuration_utils.create_repo", hub.create_repo, raising=False)
+    monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", upload)
+    for _ in range(2):  # also where an earlier one lies
+        config().save_pretrained(str(tmp_path), push_to_hub=True)
+    assert sent == [{"config.json", f"{SHIM}.py"}] * 2
 
 
 def test_entries_of_other_files_stay_in_auto_map() -> None:
