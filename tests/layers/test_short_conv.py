@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from m2rnn.layers import GRU, M2RNN, RNN, GatedDeltaNet, Mamba2, Packing, ShortConv, short_conv
-from tests.ops.test_short_conv import DEVICE
+from tests.ops.short_conv.test_short_conv import DEVICE
 from tests.ops.triton_runs import runs_triton
 from tests.tolerances import assert_close
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from m2rnn.ops.linear_scan import fla
 from m2rnn.ops.linear_scan.operator import gated_delta_scan
-from tests.ops.test_linear_scan import WIDE, Case, needs_fla
+from tests.ops.linear_scan.test_linear_scan import WIDE, Case, needs_fla
 from tests.tolerances import TOLERANCES, relative_error
 
 REPEATS = 4  # what a race makes wrong does not always show

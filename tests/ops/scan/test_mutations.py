@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.ops.cases import EMPTY, KIND, SLOW, STANDARD, Case, check, make_problem, truth
-from tests.ops.straight_line import MUTATIONS, straight_line
+from tests.ops.scan.straight_line import MUTATIONS, straight_line
 from tests.tolerances import TOLERANCES, assert_close, relative_error
 
 MARGIN = 3.0

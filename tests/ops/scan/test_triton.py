@@ -14,9 +14,9 @@ from torch import Tensor, library
 from m2rnn.ops import m2rnn_scan
 from m2rnn.ops.scan import triton
 from m2rnn.ops.scan.problem import Problem
-from tests.ops import test_integration, test_packed, test_scan
 from tests.ops.ahead_of_time import compile_kernels
 from tests.ops.cases import EMPTY, Case, check, make_problem, random_case, run, truth
+from tests.ops.scan import test_integration, test_packed, test_scan
 from tests.ops.triton_runs import interpreted
 
 pytest.importorskip("triton")

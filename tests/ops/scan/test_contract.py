@@ -8,14 +8,14 @@ from torch import Tensor, library
 
 from m2rnn.ops import available_backends, m2rnn_scan
 from m2rnn.ops.scan.problem import BACKENDS, Problem
-from tests.ops import test_integration
 from tests.ops.cases import EMPTY, Case, check, make_problem, run, truth
-from tests.ops.test_triton import CASES
+from tests.ops.scan import test_integration
+from tests.ops.scan.test_triton import CASES
 
 
 @pytest.fixture(autouse=True)
 def _toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(BACKENDS.modules, "toy", "tests.ops.toy_backend")  # type: ignore[arg-type]
+    monkeypatch.setitem(BACKENDS.modules, "toy", "tests.ops.scan.toy_backend")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("case", [*CASES, *EMPTY], ids=str)

@@ -15,7 +15,7 @@ from m2rnn.ops.scan import operator as scan
 from m2rnn.ops.scan import problem as contract
 from m2rnn.ops.scan.cuda import launch
 from tests.ops.cases import Case, Problem, check, evaluate, make_problem, run_autograd, truth
-from tests.ops.emulated_gpu import H100, EmulatedGpu, Scan, why_not
+from tests.ops.scan.emulated_gpu import H100, EmulatedGpu, Scan, why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"needs {why_not()}")
 
