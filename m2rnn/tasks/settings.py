@@ -1,9 +1,11 @@
 """What determines a run on a synthetic problem: same settings, same machine, same weights to the last bit."""
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -157,7 +159,10 @@ class TaskSettings(RunSettings):
         return problem.batch("train", progress.step, self.batch_size, length)
 
     def as_json(self) -> dict[str, Any]:
-        return {**super().as_json(), "options": dict(self.options)}
+        settings = {**super().as_json(), "options": dict(self.options)}
+        if self.task.endswith(".py"):  # a run does not go on with another problem under the same name
+            settings["task_sha256"] = hashlib.sha256(Path(self.task).read_bytes()).hexdigest()
+        return settings
 
 
 def task_settings(
