@@ -124,7 +124,7 @@ def _run(
     test_lengths: str | None,
     model: list[str],
     choices: dict[str, Any],
-    several: tuple[str | None, str, str | None, int, int],
+    several: tuple[Any, ...],
     options: dict[str, Any],
     device: str | None,
 ) -> None:
