@@ -1,6 +1,7 @@
 """`m2rnn tasks`: every problem is trained and tested as the word problems are."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -167,6 +168,25 @@ def test_a_problem_of_ones_own_is_a_task(tmp_path):
     told = CliRunner().invoke(cli.app, ["generate", str(tmp_path / "run/model"), "text"])
     assert told.exit_code == 2
     assert "has no tokenizer: m2rnn tasks trained it on the tokens of" in told.stderr
+
+
+DOCS = (Path(__file__).parents[2] / "docs/tasks.md").read_text(encoding="utf-8")
+
+
+def test_the_example_of_the_documentation_is_a_task(tmp_path):
+    (tmp_path / "maximum.py").write_text(DOCS.partition("```python\n")[2].partition("```")[0])
+    settings = task_settings(str(tmp_path / "maximum.py"), {"numbers": 4})
+    batch = settings.problem().batch("test", 0, 3, 12)
+    assert [max(row[: t + 1]) for row in batch.inputs.tolist() for t in range(12)] == batch.targets.ravel().tolist()
+
+
+def test_the_documentation_has_every_task_with_its_lengths():
+    rows = [line.split("|") for line in DOCS.splitlines() if line.startswith("| `")]
+    told = {name: tuple(map(int, row[2].split(","))) for row in rows for name in re.findall(r"`(\w+)`", row[1])}
+    assert told == {
+        name: (problem.train_lengths[1], problem.test_lengths[-1])
+        for name, problem in ((name, task_settings(name).problem()) for name in PROBLEMS)
+    }
 
 
 def test_a_mistake_in_the_command_is_one_line(tmp_path):
