@@ -83,3 +83,23 @@ def test_every_part_is_in_the_order() -> None:
 )
 def test_the_check_sees_every_way_to_import(module: str, source: str, forbidden: set[str]) -> None:
     assert forbidden_imports(source, module) == forbidden
+
+
+def test_no_backend_imports_the_public_operator() -> None:
+    """It stands behind it; what both need has a file of its own."""
+    backends = [path for path in (PACKAGE / "ops").rglob("*.py") if path.name not in ("__init__.py", "operator.py")]
+    for path in backends:
+        module = ".".join(["m2rnn", *path.relative_to(PACKAGE).with_suffix("").parts])
+        imported = imported_modules(path.read_text(encoding="utf-8"), module)
+        assert not [name for name in imported if ".operator." in f"{name}."], path
+    assert len(backends) > 20
+
+
+def test_no_function_of_the_tests_has_a_name_over_80_characters() -> None:
+    names = [
+        node.name
+        for path in Path(__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    ]
+    assert len(max(names, key=len)) <= 80, max(names, key=len)

@@ -79,7 +79,7 @@ def test_tokens_of_a_folder_and_of_a_file_are_the_same(tmp_path, make, bos):
 
 
 @pytest.mark.parametrize("begins", [True, False])
-def test_the_tokenizer_of_an_earlier_versions_folder_is_set_to_what_its_documents_are(tmp_path, begins):
+def test_the_tokenizer_of_an_older_folder_is_set_to_what_its_documents_are(tmp_path, begins):
     """It kept the tokenizer as it was, whatever the documents began with, and hashed the template."""
     folder = Path(prepared(tmp_path / "made", TEXTS, bos=begins).folder)
     other = byte_tokenizer() if begins else beginning_by_template()

@@ -250,7 +250,7 @@ def test_compiled_blocks_serve_new_lengths_and_packings_without_compiling_again(
 @pytest.mark.parametrize("options", [{}, {"window": 3}, {"rope_theta": 10.0, "qk_norm": True}])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of dynamo's own
 @torch.no_grad()
-def test_compiled_decoding_with_a_growing_state_has_no_graph_break_and_serves_new_lengths(options: dict) -> None:
+def test_compiled_decoding_with_a_growing_state_has_no_graph_break(options: dict) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch.compiler.reset()

@@ -12,8 +12,9 @@ from m2rnn.layers import M2RNN
 from m2rnn.layers.m2rnn import M2RNNState, StaticM2RNNState
 from m2rnn.layers.projection import OutputProjection, project_token
 from m2rnn.ops.backends.cuda import compiler
+from m2rnn.ops.decode import FEW_ROWS, decode_step, few_rows_linear
 from m2rnn.ops.decode.cuda import step
-from m2rnn.ops.decode.operator import FEW_ROWS, Token, decode_step, few_rows_linear
+from m2rnn.ops.decode.token import Token
 from tests.tolerances import assert_close, relative_error
 
 needs_gpu = pytest.mark.skipif(

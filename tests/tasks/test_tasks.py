@@ -35,7 +35,7 @@ def test_lengths_are_those_of_the_task_unless_others_are_given(task):
     assert settings.plan().start().length >= problem.min_length
 
 
-def test_a_batch_is_a_function_of_seed_and_step_and_its_length_is_drawn_where_the_task_says_so():
+def test_a_batch_follows_from_seed_and_step_its_length_too_where_it_is_drawn():
     settings = quick("parity", seed=3)
     problem = settings.problem()
     lengths = [settings.train_batch(problem, Progress(step, length=10)).inputs.shape[1] for step in range(200)]

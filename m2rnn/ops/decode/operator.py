@@ -5,38 +5,17 @@ search does; ``m2rnn::decode_step_`` writes them where the old ones are, so that
 address at every token. The kernel is the same, and both read and write each state once.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
 from m2rnn.ops.backends.dtypes import state_dtype
-from m2rnn.ops.scan.operator import m2rnn_step
+from m2rnn.ops.decode.token import Token
+from m2rnn.ops.scan import m2rnn_step
 
 FEW_ROWS = 4  #: that ``few_rows_linear`` multiplies with its own kernel; more are a matter for a matrix product
-
-
-class Token(NamedTuple):
-    """The arguments of `decode_step`, in the order of the operators' own, which take no tuple."""
-
-    projected: Tensor
-    state: Tensor
-    conv_state: Tensor | None
-    weight: Tensor
-    A_log: Tensor
-    dt_bias: Tensor
-    conv_weight: Tensor | None
-    conv_bias: Tensor | None
-    D: Tensor | None
-    norm_weight: Tensor | None
-    norm_eps: float
-    q_heads: int
-    k_heads: int
-    v_heads: int
-    g_heads: int
-    silu: bool
-    backend: str | None
 
 
 def decode_step(

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from m2rnn.ops.backends.triton import on_device_of
-from m2rnn.ops.singular_values.operator import LIFT, LIFT_STEPS, ROOT_STEPS, SIGN_STEPS
+from m2rnn.ops.singular_values.iterations import LIFT, LIFT_STEPS, ROOT_STEPS, SIGN_STEPS
 
 WARPS = 1  # sums of a matrix need no barrier: 2.7 ms for 14 launches on an H200, 5.1 with 4 warps
 

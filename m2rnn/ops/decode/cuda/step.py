@@ -11,7 +11,7 @@ from torch import Tensor
 from m2rnn.ops.backends import cuda
 from m2rnn.ops.backends.cuda.compiler import cubin
 from m2rnn.ops.backends.cuda.driver import Kernel
-from m2rnn.ops.decode.operator import Token
+from m2rnn.ops.decode.token import Token
 
 _DTYPES = {torch.bfloat16: (0, 1), torch.float16: (1, 2), torch.float32: (2, 3)}  # INPUT and PARTS
 _VALUE_DIMS = (8, 16, 32, 64)
