@@ -86,7 +86,7 @@ def test_a_run_prints_its_table_and_running_it_again_prints_the_same(tmp_path):
         assert any(line.split()[:2] == ["m2rnn", length] for line in first.stdout.splitlines())
     again = run("--out", tmp_path, *QUICK)
     assert again.exit_code == 0
-    assert again.stdout in first.stdout
+    assert again.stdout.partition("\n")[2] in first.stdout  # all but what is learnt
     assert "last quarter" in again.stdout
 
 
@@ -371,3 +371,16 @@ def test_no_function_of_the_command_line_has_more_than_sixty_lines(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, node.name
+
+
+def test_a_comparison_names_its_subject_first_and_the_next_command_last(tmp_path):
+    done = run("--out", tmp_path, *QUICK, "--compare", "m2rnn,gru", "--seeds", "0,1", "--jobs", "1")
+    assert done.exit_code == 0, done.output
+    first, *_, least, empty, sentence, blank, plot, following = done.stdout.splitlines()
+    assert first.startswith(
+        "learning S3: after each element, what the product of all so far is. 4 runs, each at most 2"
+    )
+    assert (least.split()[0], empty, blank) == ("least", "", "")
+    assert sentence.startswith("Accuracy over the last quarter of positions, mean of 2 seeds")
+    assert plot == f"plot: {tmp_path / 'accuracy-by-length.png'}; results and models beside it"
+    assert following.startswith("next: m2rnn track --compare")

@@ -80,7 +80,7 @@ def run_task(
     mixer: Mixer = DEFAULT.mixer,
     compare: Compare = None,
     seeds: Seeds = None,
-    jobs: Jobs = 1,
+    jobs: Jobs = None,
     train_length: TrainLength = None,
     test_lengths: TestLengths = None,
     test_sequences: TestSequences = DEFAULT.test_sequences,

@@ -41,6 +41,7 @@ from m2rnn.data.tokenizers import (
     train_bpe,
     vocab_size_of,
 )
+from m2rnn.runs.cores import cores
 from m2rnn.runs.errors import check_sizes
 from m2rnn.runs.folder import run_folder, to_json, whole_folder, write_whole_file
 
@@ -168,7 +169,7 @@ def prepare(
         encoding = _encoding(settings, folder / TOKENIZER, described)
         with TokenWriter(folder, settings.splits, encoding.dtype) as writer:
             blocks = islice(_blocks(sources, settings.reading), writer.progress.blocks, None)
-            _write(writer, encode_all(blocks, encoding, processes or _cores()), on_error, commit_seconds, update)
+            _write(writer, encode_all(blocks, encoding, processes or cores()), on_error, commit_seconds, update)
             writer.finish()
         _check_not_empty(writer.progress)
         say("reading the files again, for their hashes")
@@ -305,13 +306,6 @@ def _blocks(sources: Sources, reading: Reading) -> Iterator[Block]:
                 held, size = [], 0
         if held:
             yield Block(split, held)
-
-
-def _cores() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        return os.cpu_count() or 1
 
 
 def _write(

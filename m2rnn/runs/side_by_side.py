@@ -49,7 +49,9 @@ class Done:
     result: Any
 
 
-def side_by_side(runs: Mapping[str, Run], jobs: int, display: Display, gpus: int = 0) -> Iterator[tuple[str, Any]]:
+def side_by_side(
+    runs: Mapping[str, Run], jobs: int, display: Display, gpus: int = 0, threads: int | None = None
+) -> Iterator[tuple[str, Any]]:
     """Call ``run(display=…)`` for each of ``runs``, ``jobs`` at a time, and yield name and result or `Failure` of each
     as it ends.
 
@@ -58,9 +60,10 @@ def side_by_side(runs: Mapping[str, Run], jobs: int, display: Display, gpus: int
 
     Args:
         runs: what to call, by name; functions and arguments go through pickle.
-        jobs: most processes; each has its share of this one's threads.
+        jobs: most processes.
         display: shows all that are running, and their warnings, each once.
         gpus: processes take the GPUs in turn; 0 if there is none to choose.
+        threads: of each process; default its share of this one's.
     """
     waiting = list(runs.items())[::-1]
     places = list(range(jobs))[::-1]
@@ -73,7 +76,7 @@ def side_by_side(runs: Mapping[str, Run], jobs: int, display: Display, gpus: int
     try:
         while waiting or busy:
             while waiting and len(busy) < jobs:
-                busy.append(idle.pop() if idle else _Worker(places.pop(), jobs, gpus))
+                busy.append(idle.pop() if idle else _Worker(places.pop(), jobs, gpus, threads))
                 busy[-1].take(*waiting.pop())
             for worker in ready(busy):
                 outcome = worker.receive()
@@ -107,13 +110,13 @@ def side_by_side(runs: Mapping[str, Run], jobs: int, display: Display, gpus: int
 class _Worker:
     """A process and this side of its connection."""
 
-    def __init__(self, place: int, jobs: int, gpus: int) -> None:
+    def __init__(self, place: int, jobs: int, gpus: int, threads: int | None) -> None:
         self.place = place
         self.run = ""
         self.status = ""
         self._interruptible = False
         self.connection, theirs = _processes.Pipe()
-        threads = max(1, torch.get_num_threads() // jobs)
+        threads = threads or max(1, torch.get_num_threads() // jobs)
         gpu = place % gpus if gpus else None
         self._process = _processes.Process(target=_work, args=(theirs, threads, gpu), daemon=True)
         before = signal.getsignal(signal.SIGINT)

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from m2rnn.runs.cores import cores
 from m2rnn.runs.display import Display
 from m2rnn.runs.errors import SettingsError
 from m2rnn.runs.folder import PLOT, RESULTS, run_folder, to_json, write_whole_file
 from m2rnn.runs.side_by_side import Failure, side_by_side
 from m2rnn.tasks.report import by_mixer, spread, training_line, write_plot
-from m2rnn.tasks.run import Results, check_can_run, track
+from m2rnn.tasks.run import Results, check_can_run, threads_of, track
 from m2rnn.tasks.settings import RunSettings
 
 
@@ -23,14 +24,14 @@ def compare(
     seeds: Sequence[int],
     folder: Path,
     *,
-    jobs: int = 1,
+    jobs: int | None = None,
     overwrite: bool = False,
     checkpoint_every: int = 100,
     minutes: float | None = None,
     display: Display | None = None,
 ) -> Results:
     """`track` each mixer with each seed in ``folder/mixer/seed-n``, ``jobs`` at a time, and put all into one
-    results.json and one plot.
+    results.json and one plot. By default ``jobs`` are as many as there are cores or GPUs.
 
     Runs are processes of their own, on the GPUs in turn if the device is ``cuda``. The results have all ``runs`` by
     name, for each mixer and length the mean, least and greatest accuracy over the seeds under ``summary``, and the
@@ -39,7 +40,7 @@ def compare(
     for name, values in (("compare", mixers), ("seeds", seeds)):
         if not values or len(set(values)) < len(values):
             raise SettingsError(f"{name} {','.join(map(str, values))!r}: expected one or more, each once")
-    if jobs < 1:
+    if jobs is not None and jobs < 1:
         raise SettingsError(f"jobs {jobs}: expected a whole number of at least 1")
     planned = {f"{mixer}/seed-{seed}": replace(settings, mixer=mixer, seed=seed) for seed in seeds for mixer in mixers}
     for run in planned.values():
@@ -60,7 +61,9 @@ def compare(
                 waiting[name] = partial(track, run, folder / name, **options)
         failed: dict[str, Failure] = {}
         gpus = torch.cuda.device_count() if settings.device == "cuda" else 0
-        for name, outcome in side_by_side(waiting, jobs, display, gpus):
+        threads = None if {threads_of(run) for run in planned.values()} != {1} else 1
+        at_once = jobs or min(len(planned), gpus or cores())
+        for name, outcome in side_by_side(waiting, at_once, display, gpus, threads):
             if isinstance(outcome, Failure):
                 failed[name] = outcome
                 display.note(f"{name} failed: {outcome.reason}")

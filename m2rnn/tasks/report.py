@@ -28,16 +28,25 @@ def table(run: Results) -> str:
 
 
 def comparison_table(runs: Iterable[Results]) -> str:
-    """Accuracy over the last quarter of positions by mixer and length, and a line on the trainings of each mixer."""
-    lines = [f"{'mixer':<24}{'length':>8}{'mean':>10}{'least':>10}{'greatest':>10}{'seeds':>7}{'chance':>9}"]
-    trainings = []
-    for mixer, same in by_mixer(runs).items():
-        for length in same[0]["accuracy"]:
-            values = spread(same, length, "last_quarter")
-            columns = "".join(f"{value:>10.2%}" for value in values.values())
-            lines.append(f"{mixer:<24}{length:>8}{columns}{len(same):>7}{same[0]['chance']:>9.1%}")
-        trainings.append(f"{mixer}: {trainings_line(same)}")
-    return "\n".join([*lines, "", *trainings])
+    """Accuracy over the last quarter of positions, a row a mixer and a column a length, and a sentence that says so.
+
+    Of several seeds the mean, and under it the least.
+    """
+    grouped = by_mixer(runs)
+    first = next(iter(grouped.values()))[0]
+    width = max(len("mixer"), *map(len, grouped)) + 2
+    lines = [f"{'mixer':<{width}}{'solved':>8}" + "".join(f"{length:>9}" for length in first["accuracy"])]
+    most = max(map(len, grouped.values()))
+    for mixer, same in grouped.items():
+        solved = f"{sum(run['training']['outcome'] == 'solved' for run in same)} of {len(same)}"
+        spreads = [spread(same, length, "last_quarter") for length in first["accuracy"]]
+        lines.append(f"{mixer:<{width}}{solved:>8}" + "".join(f"{each['mean']:>9.2%}" for each in spreads))
+        if most > 1:
+            lines.append(f"{'':<{width}}{'least':>8}" + "".join(f"{each['least']:>9.2%}" for each in spreads))
+    seeds = f", mean of {most} seeds" if most > 1 else ""
+    trained = first["settings"]["train_length"]
+    sentence = f"Accuracy over the last quarter of positions{seeds}, by length; training had up to {trained} tokens"
+    return "\n".join([*lines, "", f"{sentence}, chance is {first['chance']:.1%}."])
 
 
 def by_mixer(runs: Iterable[Results]) -> dict[str, list[Results]]:
@@ -67,23 +76,6 @@ def training_line(run: Results) -> str:
         f"{ending} of {run['settings']['train_length']} after {training['step']} steps, "
         f"{training['seconds']:.0f} s, {run['parameters']:,} parameters"
     )
-
-
-def trainings_line(runs: Sequence[Results]) -> str:
-    """How the trainings of one mixer went, in a sentence."""
-    if len(runs) == 1:
-        return training_line(runs[0])
-    solved = sum(run["training"]["outcome"] == "solved" for run in runs)
-    length, steps, seconds = (_range([run["training"][name] for run in runs]) for name in ("length", "step", "seconds"))
-    return (
-        f"{solved} of {len(runs)} solved; reached length {length} of {runs[0]['settings']['train_length']} "
-        f"after {steps} steps, {seconds} s, {runs[0]['parameters']:,} parameters"
-    )
-
-
-def _range(values: Sequence[float]) -> str:
-    least, greatest = f"{min(values):.0f}", f"{max(values):.0f}"
-    return least if least == greatest else f"{least} to {greatest}"
 
 
 def write_plot(path: Path, runs: Sequence[Results]) -> None:

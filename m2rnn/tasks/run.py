@@ -1,7 +1,10 @@
 """``m2rnn track`` and ``m2rnn tasks run``: train on a problem, measure accuracy by length and position, plot it."""
 
 import math
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +15,7 @@ import numpy as np
 import torch
 
 from m2rnn.models import M2RNNForCausalLM
+from m2rnn.models.sizes import size_of
 from m2rnn.runs.display import Display, no_progress_bars
 from m2rnn.runs.errors import SettingsError
 from m2rnn.runs.folder import (
@@ -31,6 +35,7 @@ from m2rnn.tasks.report import write_plot
 from m2rnn.tasks.settings import RunSettings
 from m2rnn.tasks.training import TrainingResult, build_config, train
 
+TINY = 1_000_000  # parameters, below which a model takes one thread
 TOKENS_PER_BATCH = 2**17
 LOGITS_PER_BATCH = 2**27
 ATTENTION_SCORES_PER_BATCH = 2**26  # per head, where the scores of a whole batch are held in memory
@@ -55,7 +60,7 @@ def track(
     """
     check_can_run(settings)
     display = display or Display()
-    with run_folder(folder, settings.as_json(), overwrite):
+    with run_folder(folder, settings.as_json(), overwrite), _threads(threads_of(settings)):
         if (folder / RESULTS).exists():
             return read_results(folder)
         trained = train(settings, folder, checkpoint_every=checkpoint_every, minutes=minutes, display=display)
@@ -66,6 +71,27 @@ def track(
         write_plot(folder / PLOT, [results])
         write_whole_file(folder / RESULTS, to_json(results))
         return results
+
+
+def threads_of(settings: RunSettings) -> int | None:
+    """One thread for a tiny model on a CPU; None for as many as torch takes.
+
+    Such a model gains little from a second thread, and on a busy machine threads that wait for each other cost many
+    times the work. ``OMP_NUM_THREADS`` decides where it is set.
+    """
+    if settings.device != "cpu" or "OMP_NUM_THREADS" in os.environ:
+        return None
+    return 1 if size_of(build_config(settings), settings.train_length).parameters < TINY else None
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def check_can_run(settings: RunSettings) -> None:

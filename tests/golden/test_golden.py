@@ -28,6 +28,7 @@ CHANGED: dict[str, str] = {
     f"eval {option}": "`m2rnn eval` is two commands, `eval text` and `eval tasks`; the old spelling works and says so."
     for option in read_json(DATA / "commands.json")["eval"]
 }
+CHANGED["track --jobs"] = "`m2rnn track --compare` takes as many runs at a time as there are cores, one thread each."
 for option in ("--bos", "--no-bos"):
     CHANGED[f"prepare {option}"] = "`m2rnn prepare` begins documents with bos where the tokenizer itself does."
 CHANGED |= {

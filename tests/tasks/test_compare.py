@@ -106,8 +106,38 @@ def test_the_spread_is_over_the_seeds_of_a_mixer():
     summary = track_compare.summary({str(number): run for number, run in enumerate(runs)})
     assert summary["m2rnn"]["512"]["last_quarter"] == pytest.approx({"mean": 2.5 / 3, "least": 0.6, "greatest": 1.0})
     assert summary["gru"]["512"]["last_quarter"] == {"mean": 0.2, "least": 0.2, "greatest": 0.2}
-    lines = comparison_table(runs).splitlines()
-    assert lines[1].split() == ["m2rnn", "512", "83.33%", "60.00%", "100.00%", "3", "16.7%"]
-    assert lines[2].split() == ["gru", "512", "20.00%", "20.00%", "20.00%", "1", "16.7%"]
-    assert "m2rnn: 2 of 3 solved; reached length 128 of 128 after 700 to 3000 steps, 60 s" in lines[-2]
-    assert "gru: not solved; given up at length 128 of 128 after 300 steps" in lines[-1]
+    header, *rows, empty, sentence = comparison_table(runs).splitlines()
+    assert header.split() == ["mixer", "solved", "512"]
+    assert [row.split() for row in rows] == [
+        ["m2rnn", "2", "of", "3", "83.33%"],
+        ["least", "60.00%"],
+        ["gru", "0", "of", "1", "20.00%"],
+        ["least", "20.00%"],
+    ]
+    assert empty == ""
+    assert sentence == (
+        "Accuracy over the last quarter of positions, mean of 3 seeds, by length; training had up to 128 tokens, "
+        "chance is 16.7%."
+    )
+
+
+def test_tiny_models_take_one_thread_each_and_as_many_runs_as_cores(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    taken = []
+
+    def side_by_side(runs, jobs, display, gpus, threads):
+        taken.append((jobs, threads))
+        return iter(())
+
+    monkeypatch.setattr(track_compare, "side_by_side", side_by_side)
+    for number, (cores, jobs) in enumerate([(3, None), (64, None), (64, 2)]):
+        monkeypatch.setattr(track_compare, "cores", lambda cores=cores: cores)
+        compare(SETTINGS, MIXERS, SEEDS, tmp_path / str(number), jobs=jobs)
+    assert taken == [(3, 1), (4, 1), (2, 1)]
+    with monkeypatch.context() as patch:
+        patch.setattr("m2rnn.tasks.run.TINY", 1)
+        compare(SETTINGS, MIXERS, SEEDS, tmp_path / "larger", jobs=1)
+    assert taken[-1] == (1, None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    compare(SETTINGS, MIXERS, SEEDS, tmp_path / "told", jobs=2)
+    assert taken[-1] == (2, None)
