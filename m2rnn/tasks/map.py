@@ -80,7 +80,7 @@ def read_map(folders: Iterable[Path]) -> Map:
         # A comparison's results hold those of its runs.
         files = [path for path in found if not any(parent in path.parents[1:] for parent in comparisons)]
         if not files:
-            raise SettingsError(f"{folder}: no {RESULTS} in it; expected folders of m2rnn tasks run or m2rnn track")
+            raise SettingsError(f"{folder}: no {RESULTS} in it; expected finished runs of m2rnn tasks or m2rnn track")
         for file in files:
             _add(cells, file)
     return cells
@@ -134,7 +134,8 @@ def draw_map(path: Path, cells: Map) -> None:
     from matplotlib.figure import Figure
 
     mixers: Sequence[str] = mixers_of(cells)
-    size = (2.6 + 1.1 * len(mixers), 1.6 + 0.45 * len(cells))
+    # A map of one task is still as high as the colour bar's label is long, one of one mixer as wide as the note below.
+    size = (max(2.6 + 1.1 * len(mixers), 5.0), max(1.6 + 0.45 * len(cells), 3.0))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     values = [[row[mixer].beyond if mixer in row else float("nan") for mixer in mixers] for row in cells.values()]
@@ -150,4 +151,5 @@ def draw_map(path: Path, cells: Map) -> None:
     bar = figure.colorbar(image, ax=axes, format=lambda value, _: f"{value:.0%}")
     bar.set_label("accuracy beyond the training length", fontsize=8)
     axes.set_xlabel(f"below each: seeds with at least {HOLDS:.0%} at {HOLDS_AT} times the training length", fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path)

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from m2rnn import cli
 from m2rnn.runs.errors import SettingsError
-from m2rnn.tasks.map import accuracy_beyond, holds, map_table, read_map
+from m2rnn.tasks.map import accuracy_beyond, draw_map, holds, map_table, read_map
 
 
 def run(task: str, mixer: str, seed: int, **accuracy: float) -> dict:
@@ -66,12 +66,24 @@ def test_the_table_has_a_line_for_each_task(runs):
 
 
 def test_the_command_prints_and_draws(runs, tmp_path):
-    done = CliRunner().invoke(cli.app, ["tasks", "report", str(runs), "--out", str(tmp_path / "map.png")])
+    done = CliRunner().invoke(cli.app, ["tasks", "report", str(runs), "--out", str(tmp_path / "maps/map.png")])
     assert done.exit_code == 0, done.output
     assert "at least 99% at 4 times" in done.stdout
-    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "maps/map.png").read_bytes().startswith(b"\x89PNG")
     told = CliRunner().invoke(cli.app, ["tasks", "report", str(runs), "--json"])
     assert json.loads(told.stdout)["parity"]["m2rnn"]["by_seed"] == {"0": pytest.approx(0.965), "1": pytest.approx(0.6)}
+
+
+def test_the_labels_of_a_map_of_one_cell_lie_within_it(runs, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("m2rnn.tasks.map.save_figure", lambda figure, path: drawn.append(figure))
+    draw_map(tmp_path / "map.png", read_map([runs / "copying"]))
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    axes, bar = figure.axes
+    for label in (axes.xaxis.label, bar.yaxis.label):
+        corners = label.get_window_extent().corners()
+        assert all(figure.bbox.contains(x, y) for x, y in corners), label
 
 
 def test_a_folder_without_results_is_named(tmp_path):
