@@ -53,7 +53,7 @@ def _list_by_default(context: typer.Context) -> None:
 
 @tasks.command("list")
 def list_tasks(as_json: AsJson = False) -> None:
-    """List the tasks, with lengths and sources.
+    """List the tasks and their lengths; --json adds their sources.
 
     Beside them, every group is a task, such as S5 or Z60, and so is a file of your own: m2rnn.tasks.problems.contract
     says what it has to define.

@@ -130,6 +130,7 @@ def test_tasks_are_listed():
     told = json.loads(command("list", "--json").stdout)
     assert [task["name"] for task in told] == list(PROBLEMS)
     assert all(task["source"] and task["summary"].endswith(".") for task in told)
+    assert len({task["summary"] for task in told}) == len(told), "a variant is told apart from its task"
 
 
 OPTIONS = [

@@ -30,7 +30,7 @@ from m2rnn.tasks.problems.phonebook import Phonebook
 from m2rnn.tasks.problems.selective_copying import SelectiveCopying
 from m2rnn.tasks.problems.stack_manipulation import StackManipulation
 from m2rnn.tasks.problems.traces import Traces
-from m2rnn.tasks.problems.word_problem import Group, WordProblem
+from m2rnn.tasks.problems.word_problem import MAX_ORDER, Group, WordProblem
 
 __all__ = [
     "IGNORED", "PROBLEMS", "SPLITS", "Batch", "Draws", "ExactProblem", "Group", "Problem", "Score", "Split",
@@ -84,8 +84,12 @@ def make_problem(name: str, **options: object) -> Problem:
             make = partial(WordProblem, Group.from_name(name))
         except ValueError:
             raise ValueError(
-                f"task {name!r}: expected {', '.join(PROBLEMS)}, a group such as S3 or A5, or a path ending in .py"
+                f"task {name!r}: expected {', '.join(PROBLEMS)}, a group (S3 to S5, A3 to A5, Z2 to Z{MAX_ORDER} "
+                "or a product such as S3xZ2), or a path ending in .py"
             ) from None
+    fields = [field for field in inspect.signature(make).parameters if field != "group"]
+    if unknown := [option for option in options if option not in fields]:
+        raise ValueError(f"task {name!r} has no option {unknown[0]!r}; expected {', '.join(fields) or 'none'}")
     try:
         return make(**options)
     except TypeError as error:
@@ -94,10 +98,14 @@ def make_problem(name: str, **options: object) -> Problem:
 
 def describe(name: str) -> dict[str, Any]:
     """A problem in a few words and numbers, which are JSON."""
-    problem = make_problem(name)
+    problem, make = make_problem(name), PROBLEMS[name]
+    summary = (inspect.getdoc(type(problem)) or "").partition("\n")[0]
+    if isinstance(make, partial):  # a variant: what sets it apart from the task whose docstring it shares
+        variant = ", ".join(f"{field}={value}" for field, value in make.keywords.items())
+        summary = f"{summary.removesuffix('.')} ({variant})."
     return {
         "name": name,
-        "summary": (inspect.getdoc(type(problem)) or "").partition("\n")[0],
+        "summary": summary,
         "source": problem.source,
         "vocab_size": problem.vocab_size,
         "train_lengths": list(problem.train_lengths),
