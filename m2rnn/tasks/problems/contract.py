@@ -6,6 +6,7 @@ derive from `m2rnn.tasks.problems.generate.ExactProblem`, which leaves one metho
 
 import importlib.util
 import sys
+import traceback
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -212,5 +213,12 @@ def load_problem(path: str | Path, **options: Any) -> Problem:
         check_problem(problem)
     except Exception as error:
         told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path}: {told}") from error
+        raise ValueError(f"{path}{_line_in(path, error)}: {told}") from error
     return problem
+
+
+def _line_in(path: Path, error: Exception) -> str:
+    """Where in the file an error came up, ", line 7"; nothing if the file's own lines had no part in it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
+    return f", line {lines[-1]}" if lines else ""

@@ -159,6 +159,16 @@ def test_a_file_that_breaks_the_contract_is_told_how(tmp_path, change, message):
         load_problem(path)
 
 
+def test_an_error_in_ones_own_file_names_its_line(tmp_path, monkeypatch):
+    source = OWN.replace("problem = Successor", "def problem():\n    return [][0]")
+    write(tmp_path, source)
+    monkeypatch.chdir(tmp_path)
+    (own,) = Path().glob("*.py")
+    line = source.splitlines().index("    return [][0]") + 1
+    with pytest.raises(ValueError, match=rf"^{own}, line {line}: IndexError"):
+        load_problem(own)
+
+
 def test_splits_that_share_sequences_are_found():
     class Shared(Parity):
         def batch(self, split, index, batch_size, length):
