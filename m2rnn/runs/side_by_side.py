@@ -100,7 +100,12 @@ def side_by_side(
             display.update(f"{ended} of {len(runs)} runs ended{failures}", lines)
     finally:
         if busy:
-            display.say(f"stopping {len(busy)} runs, which save where they stand")
+            running = (
+                "a run, which saves where it stands"
+                if len(busy) == 1
+                else f"{len(busy)} runs, which save where they stand"
+            )
+            display.say(f"stopping {running}")
         try:
             stop(busy, idle)
         finally:

@@ -129,6 +129,8 @@ def draw(axes: "Axes", runs: Sequence[Results], styles: Mapping[str, tuple[str, 
         )
     axes.axhline(chance, color="0.5", linestyle=":", label=f"chance ({chance:.1%})")
     axes.axvline(settings["train_length"], color="0.5", linestyle="--", label="longest in training")
+    if [*settings["test_lengths"]] == [settings["train_length"]]:  # a logarithmic axis needs a range
+        axes.set_xlim(settings["train_length"] / 2, 2 * settings["train_length"])
     axes.set_xscale("log", base=2)
     axes.set_xticks(settings["test_lengths"], _apart(settings["test_lengths"]))
     axes.minorticks_off()

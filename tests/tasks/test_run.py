@@ -128,6 +128,16 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, monkey
     assert not folder.exists()
 
 
+def test_one_length_is_drawn_without_a_warning():
+    figure = Figure()
+    settings = {"mixer": "m2rnn", "seed": 0, "train_length": 3, "test_lengths": [3]}
+    run = {"settings": settings, "chance": 0.5, "accuracy": {"3": {"last_quarter": 1.0}}}
+    axes = figure.subplots()
+    draw(axes, [run], {"m2rnn": ("C0", "o")})
+    figure.draw_without_rendering()
+    assert axes.get_xlim() == (1.5, 6)
+
+
 def test_lengths_close_together_do_not_run_into_one_another():
     lengths = (64, 100, 110, 120, 128, 256, 1024)
     accuracy = {str(length): {"last_quarter": 1.0} for length in lengths}
