@@ -1,5 +1,7 @@
 """The M2RNN mixer: projections, short convolution and forget gate around the matrix-state recurrence."""
 
+from typing import Any, Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +18,18 @@ from m2rnn.layers.state_weight import bound_, head_bounds
 from m2rnn.ops import m2rnn_scan
 from m2rnn.ops.decode import decode_step
 
+#: Options with which the layer learns to track states, see ``M2RNN.for_state_tracking``
+STATE_TRACKING: dict[str, Any] = {
+    "key_dim": 4,
+    "value_dim": 32,
+    "weight_init": "normal",
+    "conv_size": None,
+    "activation": None,
+    "A_range": [4.0, 16.0],
+    "dt_range": [0.3, 1.0],
+}
+_HEADS = ("num_heads", "num_q_heads", "num_k_heads")
+
 
 class M2RNN(nn.Module):
     """A recurrent mixer whose state is a matrix per head and whose update is non-linear.
@@ -30,8 +44,8 @@ class M2RNN(nn.Module):
 
     and the output is ``out_proj(norm(y ⊙ silu(g)))``, with one RMSNorm over all heads. q, k, v, f, W and g
     may have fewer heads than N, the largest of the first five counts; each count divides N and is shared by
-    repetition. The defaults are the language-model layer; state tracking wants other options (see
-    ``presets.state_tracking``).
+    repetition. The defaults are the language-model layer; ``M2RNN.for_state_tracking`` has the options for state
+    tracking.
 
     Args:
         hidden_size: width of the input and the output.
@@ -138,6 +152,21 @@ class M2RNN(nn.Module):
         self.norm = nn.RMSNorm(self.num_heads * value_dim, eps=norm_eps) if norm else None
         self.out_proj = OutputProjection(self.num_heads * value_dim, hidden_size)
         self.reset_parameters()
+
+    @classmethod
+    def for_state_tracking(cls, hidden_size: int, num_heads: int = 8, **options: Any) -> Self:
+        """A layer with the options that learn to track a state, such as parity or the product of permutations.
+
+        The state must change with every token from the first step of training. So there is no convolution and no SiLU,
+        W starts at random, every head has a q and k of its own, the state is wide (V = 32) and short (K = 4), and the
+        forget gates start fast.
+
+        Args:
+            hidden_size: width of the input and the output. Inputs should start at unit variance.
+            num_heads: heads of everything.
+            **options: of the layer, in the place of these.
+        """
+        return cls(hidden_size, **{**STATE_TRACKING, **dict.fromkeys(_HEADS, num_heads), **options})
 
     def reset_parameters(self) -> None:
         """Initialise W and D; the projections keep torch's default until a model initialises them."""

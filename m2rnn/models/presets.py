@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from m2rnn.layers.m2rnn import STATE_TRACKING
 from m2rnn.models.config import M2RNNConfig
 
 LETTERS = {"m2rnn": "M", "attention": "A", "gated_deltanet": "G", "mamba2": "S", "gru": "U", "rnn": "R"}
@@ -111,7 +112,6 @@ _SIZES: dict[str, dict[str, Any]] = {
 
 # For word problems: no convolution, no SiLU, and a state that changes with every token from the start
 _PLAIN = {"conv_size": None, "activation": None}
-_FAST = {"A_range": [4.0, 16.0], "dt_range": [0.3, 1.0]}
 _DELTA = {"num_heads": 4, "key_dim": 16, "value_dim": 32, **_PLAIN}
 
 
@@ -123,16 +123,7 @@ _STATE_TRACKING: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # pa
     "m2rnn": (
         "M",
         {"hidden_size": 60, "mlps": ["none"]},
-        {
-            "num_heads": 8,
-            "num_q_heads": 8,
-            "num_k_heads": 8,
-            "key_dim": 4,
-            "value_dim": 32,
-            "weight_init": "normal",
-            **_PLAIN,
-            **_FAST,
-        },
+        {"num_heads": 8, "num_q_heads": 8, "num_k_heads": 8, **STATE_TRACKING},
     ),
     "gru": ("U", _mlp(128), {"num_heads": 3, "head_dim": 32, "gate": False, "weight_std": None, **_PLAIN}),
     "rnn": ("R", _mlp(128), {"num_heads": 4, "head_dim": 48, "gate": False, "weight_std": None, **_PLAIN}),

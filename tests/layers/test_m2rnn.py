@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from m2rnn.layers import M2RNN
 from tests.layers.equations import assert_layer_is, convolve, rms_norm, silu
@@ -140,3 +141,29 @@ def test_normal_W_has_variance_one_over_V() -> None:
 def test_bad_options_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         M2RNN(32, **options)
+
+
+def test_the_layer_for_state_tracking_learns_parity_in_a_hundred_steps() -> None:
+    """Which the layer for language models does not learn in 400."""
+    embedding, layer, head = nn.Embedding(2, 64), M2RNN.for_state_tracking(64), nn.Linear(64, 2)
+    parameters = [*embedding.parameters(), *layer.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=5e-3)
+
+    def logits(bits: Tensor) -> Tensor:
+        result: Tensor = head(layer(embedding(bits))[0])
+        return result
+
+    for _ in range(100):
+        bits = torch.randint(2, (32, 32))
+        loss = F.cross_entropy(logits(bits).flatten(0, 1), (bits.cumsum(1) % 2).flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    bits = torch.randint(2, (64, 64))  # twice as long
+    assert (logits(bits).argmax(-1) == bits.cumsum(1) % 2).double().mean() > 0.99
+
+
+def test_the_options_for_state_tracking_can_be_changed() -> None:
+    layer = M2RNN.for_state_tracking(60, 4, value_dim=16, num_k_heads=2, conv_size=4)
+    assert (layer.num_heads, layer.num_q_heads, layer.num_k_heads, layer.value_dim) == (4, 4, 2, 16)
+    assert layer.conv is not None
