@@ -66,6 +66,7 @@ class Attention(nn.Module):
         window: int | None = None,
     ) -> None:
         super().__init__()
+        self.hidden_size = hidden_size
         check_sizes(
             hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, window=window
         )
@@ -101,7 +102,7 @@ class Attention(nn.Module):
         they count the tokens of each sequence from 0.
         ``rotary`` is what ``rotary_tables`` makes of them, for a caller that has it already.
         """
-        check_tokens(hidden, state, packing)
+        check_tokens(hidden, state, packing, self.hidden_size)
         if isinstance(state, StaticAttentionState) and not (output_state and decodes(hidden, packing)):
             state = state.dynamic()
         heads = self.in_proj(hidden)

@@ -78,6 +78,7 @@ class GatedDeltaNet(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        self.hidden_size = hidden_size
         check_sizes(
             hidden_size=hidden_size,
             num_heads=num_heads,
@@ -117,7 +118,7 @@ class GatedDeltaNet(nn.Module):
         output_state: bool = True,
     ) -> tuple[Tensor, M2RNNState | None]:
         """Mix along time; arguments and results as in ``M2RNN.forward``."""
-        check_tokens(hidden, state, packing)
+        check_tokens(hidden, state, packing, self.hidden_size)
         qkv, logits, beta, g = project_parts(self.in_proj, hidden, self.proj_sizes)
         qkv, conv_state = convolve(qkv, self.conv, self.activation, state, packing, output_state=output_state)
         q, k, v = qkv.split(self.qkv_sizes, -1)

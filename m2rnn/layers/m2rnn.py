@@ -110,6 +110,7 @@ class M2RNN(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        self.hidden_size = hidden_size
         check_sizes(hidden_size=hidden_size, key_dim=key_dim, value_dim=value_dim, num_heads=num_heads)
         if num_heads is None:
             num_heads = max(1, hidden_size // value_dim)
@@ -207,7 +208,7 @@ class M2RNN(nn.Module):
         Raises:
             ValueError: for tokens, state and packing that do not go together.
         """
-        check_tokens(hidden, state, packing)
+        check_tokens(hidden, state, packing, self.hidden_size)
         if state is not None and decodes(hidden, packing) and self._decodes_at_once():
             y, after = self._decode(hidden[:, 0], state, in_place=output_state and isinstance(state, StaticM2RNNState))
             return y[:, None], after if output_state else None

@@ -77,6 +77,7 @@ class Mamba2(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        self.hidden_size = hidden_size
         check_sizes(hidden_size=hidden_size, num_heads=num_heads, state_size=state_size, inner_size=inner_size)
         inner_size = 2 * hidden_size if inner_size is None else inner_size
         num_heads = max(1, inner_size // 64) if num_heads is None else num_heads
@@ -117,7 +118,7 @@ class Mamba2(nn.Module):
         output_state: bool = True,
     ) -> tuple[Tensor, M2RNNState | None]:
         """Mix along time; arguments and results as in ``M2RNN.forward``."""
-        check_tokens(hidden, state, packing)
+        check_tokens(hidden, state, packing, self.hidden_size)
         xBC, logits, g = project_parts(self.in_proj, hidden, self.proj_sizes)
         xBC, conv_state = convolve(xBC, self.conv, self.activation, state, packing, output_state=output_state)
         x, B, C = xBC.split(self.xBC_sizes, -1)

@@ -113,10 +113,15 @@ class Packing:
         return grid.index_copy(0, self.slots.to(grid.device), packed[0]).view(self.rows, self.width, *packed.shape[2:])
 
 
-def check_tokens(hidden: Tensor, state: Sequence[Tensor | None] | None, packing: Packing | None) -> None:
+def check_tokens(
+    hidden: Tensor, state: Sequence[Tensor | None] | None, packing: Packing | None, hidden_size: int
+) -> None:
     """Raise a ValueError unless these go together as the arguments of a mixer."""
     if hidden.dim() != 3:
         raise ValueError(f"hidden must be [B, T, hidden_size], got shape {tuple(hidden.shape)}")
+    if hidden.shape[2] != hidden_size:
+        got = f"got shape {tuple(hidden.shape)}"
+        raise ValueError(f"hidden must be [B, T, {hidden_size}], the width that the layer was made with; {got}")
     if packing is not None and hidden.shape[:2] != (1, packing.total):
         got = f"got shape {tuple(hidden.shape)}"
         raise ValueError(f"with packing, hidden must be [1, {packing.total}, hidden_size], {got}")

@@ -68,6 +68,7 @@ class RNN(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        self.hidden_size = hidden_size
         check_sizes(hidden_size=hidden_size, num_heads=num_heads, head_dim=head_dim)
         check_activation(activation)
         check_init_std(conv_init=conv_init)
@@ -103,7 +104,7 @@ class RNN(nn.Module):
         output_state: bool = True,
     ) -> tuple[Tensor, M2RNNState | None]:
         """Mix along time; arguments and results as in ``M2RNN.forward``. The recurrent state is ``[B, N, V]``."""
-        check_tokens(hidden, state, packing)
+        check_tokens(hidden, state, packing, self.hidden_size)
         x, *others = self.in_proj(hidden).split(self.state_size, -1)
         x, conv_state = convolve(x, self.conv, self.activation, state, packing, output_state=output_state)
         inputs = tuple(part.unflatten(-1, (self.num_heads, self.head_dim)) for part in (x, *others[: self._inputs - 1]))

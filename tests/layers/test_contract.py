@@ -151,6 +151,11 @@ def test_inputs_that_do_not_go_together_are_refused(name: str) -> None:
     for x, arguments, message in (
         (tokens(4), (), rf"hidden must be \[B, T, hidden_size\], got shape \(4, {HIDDEN}\)"),
         (
+            tokens(1, 6)[..., 1:],
+            (),
+            rf"hidden must be \[B, T, {HIDDEN}\], the width .* got shape \(1, 6, {HIDDEN - 1}\)",
+        ),
+        (
             tokens(1, 6),
             (None, packing),
             rf"with packing, hidden must be \[1, 5, hidden_size\], got shape \(1, 6, {HIDDEN}\)",
